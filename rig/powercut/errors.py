@@ -1,0 +1,25 @@
+"""The errors of the rig, one tree.
+
+    PowercutError           everything the rig raises on purpose; the command line prints it as one sentence
+      InputError            a file or an argument given by the user is not what it should be (exit code 2)
+      EnvironmentFault      something this machine should have is missing or fails (exit code 2)
+      Nondeterministic      a check read something else when it was repeated (verdict UNKNOWN)
+
+The message shows the file, the offset and the offending value, and claims only what was seen.
+"""
+
+
+class PowercutError(Exception):
+    """Base of all errors the rig raises on purpose."""
+
+
+class InputError(PowercutError):
+    """The user's file or argument is not what it should be."""
+
+
+class EnvironmentFault(PowercutError):
+    """Something this machine should have is missing, or failed."""
+
+
+class Nondeterministic(PowercutError):
+    """A check did not repeat itself: what it read differs from an earlier run with the same answers."""
