@@ -1,0 +1,309 @@
+"""The bytes of one file at a crash: what each sector durably holds, and what else it may hold.
+
+Content is never copied here: a sector's content is the number of a row of the trace file (see
+`powercut.trace`), row 0 being zeros. Rows beyond the trace's own hold atoms that a write covers only in part,
+composed with what was there when it was issued.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powercut.crash.model import Durability, sparse_zeros
+from powercut.disk import Bytes
+from powercut.stamp import GARBAGE, decode
+from powercut.trace import SECTOR, FileInfo, Kind, Trace
+
+Rows = NDArray[np.int64]
+
+
+class InFlight(NamedTuple):
+    """Every atom some in-flight event covers, one entry for each of the two, ascending by atom, then by issue."""
+
+    atom: Rows
+    event: Rows
+    rows: Rows  # shape (n, sectors per atom)
+
+
+class Choice(NamedTuple):
+    """An atom with several distinct contents. The first is the durable one."""
+
+    atom: int
+    contents: Bytes  # shape (k, bytes per atom)
+    events: tuple[int, ...]  # for each content, an event that left it; -1: the initial content
+
+
+class Tokens:
+    """What the rows of a trace mean as stamps, decoded when first asked for. Composed rows are garbage."""
+
+    def __init__(self, trace: Trace) -> None:
+        count = len(trace.rows)
+        self._rows = trace.rows
+        self._known: Any = sparse_zeros(count, np.bool_)
+        self._op: Any = sparse_zeros(count, np.int64)
+        self._sector: Any = sparse_zeros(count, np.int64)
+
+    def of(self, rows: Rows) -> tuple[Rows, Rows]:
+        """The operation (or ZERO, GARBAGE) and guest sector that each of `rows` is stamped with."""
+        beyond = rows >= len(self._rows)
+        if beyond.any():
+            op, sector = self.of(np.where(beyond, 0, rows))
+            return np.where(beyond, GARBAGE, op), sector
+        new = rows[~self._known[rows]]
+        if len(new):
+            if len(new) > 1:
+                new = np.unique(new)
+            for part in np.array_split(new, -(-len(new) // 16384)):  # at most 8 MiB at a time
+                stamps = decode(self._rows[part])
+                self._op[part], self._sector[part] = stamps.op, stamps.sector
+            self._known[new] = True
+        return self._op[rows], self._sector[rows]
+
+
+class Contents(Durability):
+    """One file of a trace at the current position, as sectors that know which rows they may be.
+
+    `atom` is the size in bytes of what the disk writes in one piece: a multiple of 512.
+    """
+
+    def __init__(self, trace: Trace, file: FileInfo, atom: int = SECTOR) -> None:
+        super().__init__(trace, file.id)
+        self.size = file.size
+        self.atom = atom
+        self.per_atom = atom // SECTOR
+        self.sectors = -(-self.sectors // self.per_atom) * self.per_atom
+        self.writer = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
+        self.rows: Any = sparse_zeros(self.sectors, np.int64)
+        events = trace.events
+        self._row: list[int] = events["row"].tolist()
+        for _, offset, length, row in trace.bases[trace.bases[:, 0] == file.id].tolist():
+            first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
+            self.rows[first:last] = np.arange(row, row + last - first)
+        self._composed: list[Bytes] = []
+        mine = (events["file"] == file.id) & np.isin(events["kind"], (Kind.WRITE, Kind.ZERO, Kind.DISCARD))
+        partial = ((events["offset"] | events["length"]) % atom != 0) & mine
+        self._partial = set(np.flatnonzero(partial).tolist())
+        # What a reader would see if nothing were lost: needed only to compose atoms that are written in part.
+        self._newest: Any = self.rows.copy() if self._partial else None
+        self._edges: dict[int, dict[int, Rows]] = {}
+        self.touched: list[tuple[int, int]] = []  # sector ranges that got another possible content
+        self._in_flight: InFlight | None = None
+        self._choices: dict[tuple[int, int], list[Choice]] = {}
+        self._reads: dict[tuple[int, int], Bytes] = {}
+
+    # What events do
+
+    def entered(self, event: int) -> None:
+        first, last = self.first[event], self.last[event]
+        self.touched.append((first, last))
+        if self._newest is None:
+            return
+        if event in self._partial:
+            self._edges[event] = self._compose(event)
+        self._newest[first:last] = self._rows_of(event, first, last)
+
+    def settled(self, event: int, where: slice | Rows) -> None:
+        super().settled(event, where)
+        first, last = self.first[event], self.last[event]
+        rows = self._rows_of(event, first, last)
+        self.rows[where] = rows if isinstance(where, slice) else rows[where - first]
+
+    def _rows_of(self, event: int, first: int, last: int) -> Rows:
+        """The rows that `event` leaves in sectors first..last-1, all of which it covers at least in part."""
+        if self.kind[event] == Kind.WRITE:
+            rows = np.arange(first, last) + (self._row[event] - self.first[event])
+        else:
+            rows = np.zeros(last - first, dtype=np.int64)
+        for atom, edge in self._edges.get(event, {}).items():
+            begin, end = max(first, atom * self.per_atom), min(last, (atom + 1) * self.per_atom)
+            if begin < end:
+                rows[begin - first : end - first] = edge[begin - atom * self.per_atom :][: end - begin]
+        return rows
+
+    def _compose(self, event: int) -> dict[int, Rows]:
+        """The rows of the atoms at the edges of `event`, which it covers in part: its bytes over what was there."""
+        offset = int(self.trace.events["offset"][event])
+        end = offset + int(self.trace.events["length"][event])
+        edges: dict[int, Rows] = {}
+        for atom in {offset // self.atom, (end - 1) // self.atom}:
+            begin = atom * self.atom
+            if begin >= offset and begin + self.atom <= end:
+                continue
+            sectors = slice(atom * self.per_atom, (atom + 1) * self.per_atom)
+            rows = self._newest[sectors].copy()
+            for i in range(self.per_atom):
+                low, high = max(offset, begin + i * SECTOR), min(end, begin + (i + 1) * SECTOR)
+                if low >= high:
+                    continue
+                if high - low == SECTOR:
+                    whole = self.kind[event] == Kind.WRITE
+                    rows[i] = self._row[event] + low // SECTOR - self.first[event] if whole else 0
+                    continue
+                content = self.take(rows[i : i + 1])[0].copy()
+                inner = low - begin - i * SECTOR
+                if self.kind[event] == Kind.WRITE:
+                    view = np.frombuffer(self.trace.payload(self.trace.events[event]), dtype=np.uint8)
+                    content[inner : inner + high - low] = view[low - offset : high - offset]
+                else:
+                    content[inner : inner + high - low] = 0
+                self._composed.append(content)
+                rows[i] = len(self.trace.rows) + len(self._composed) - 1
+            edges[atom] = rows
+        return edges
+
+    def advance(self, position: int) -> None:
+        super().advance(position)
+        self._forget()
+
+    def settle_all(self) -> None:
+        """Let nothing be in flight: the durable contents are the only ones."""
+        self.in_flight, self.others = [], {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._in_flight = None
+        self._choices.clear()
+        self._reads.clear()
+
+    # What may be read
+
+    def take(self, rows: Rows) -> Bytes:
+        """The contents of `rows`, shape (n, 512)."""
+        if not self._composed:
+            return self.trace.rows[rows]
+        count = len(self.trace.rows)
+        beyond = rows >= count
+        out = self.trace.rows[np.where(beyond, 0, rows)]
+        for i in np.flatnonzero(beyond).tolist():
+            out[i] = self._composed[int(rows[i]) - count]
+        return out
+
+    def in_flight_atoms(self) -> InFlight:
+        """All that may have changed, atom by atom."""
+        if self._in_flight is None:
+            atoms, events, rows = [], [], []
+            for event in self.in_flight:
+                first = self.first[event] // self.per_atom
+                last = -(-self.last[event] // self.per_atom)
+                atom = np.arange(first, last)
+                inside = slice(first * self.per_atom, last * self.per_atom)
+                if self.per_atom == 1:
+                    row = self._rows_of(event, inside.start, inside.stop)
+                else:
+                    row = self.rows[inside].copy()
+                    begin = self.first[event] - inside.start
+                    row[begin : begin + self.last[event] - self.first[event]] = self._rows_of(
+                        event, self.first[event], self.last[event]
+                    )
+                    for edge, composed in self._edges.get(event, {}).items():
+                        row[(edge - first) * self.per_atom :][: self.per_atom] = composed
+                row = row.reshape(-1, self.per_atom)
+                if self.overtaking:
+                    keep = ~self.overtaken(event, np.arange(inside.start, inside.stop)).reshape(-1, self.per_atom)
+                    kept = keep.any(axis=1)
+                    atom, row = atom[kept], row[kept]
+                atoms.append(atom)
+                events.append(np.full(len(atom), event))
+                rows.append(row)
+            if self.others:  # durable, and may have been overwritten by a rival that ran at the same time
+                for sector, rivals in sorted(self.others.items()):
+                    inside = slice(sector - sector % self.per_atom, sector - sector % self.per_atom + self.per_atom)
+                    for event in rivals:
+                        row = self.rows[inside].copy()
+                        row[sector % self.per_atom] = self._rows_of(event, sector, sector + 1)[0]
+                        atoms.append(np.array([sector // self.per_atom]))
+                        events.append(np.array([event]))
+                        rows.append(row.reshape(1, -1))
+            if atoms:
+                atom = np.concatenate(atoms)
+                order = np.argsort(atom, kind="stable")
+                self._in_flight = InFlight(atom[order], np.concatenate(events)[order], np.concatenate(rows)[order])
+            else:
+                none = np.zeros(0, dtype=np.int64)
+                self._in_flight = InFlight(none, none, none.reshape(0, self.per_atom))
+        return self._in_flight
+
+    def durable(self, first: int, last: int) -> Bytes:
+        """The durable content of atoms first..last-1, as one run of bytes. Not to be written to."""
+        key = (first, last)
+        content = self._reads.get(key)
+        if content is None:
+            inside = self.rows[first * self.per_atom : min(last * self.per_atom, self.sectors)]
+            content = self.take(inside).reshape(-1)
+            missing = (last - first) * self.atom - len(content)
+            if missing:
+                content = np.concatenate([content, np.zeros(missing, dtype=np.uint8)])
+            self._reads[key] = content
+        return content
+
+    def choices(self, first: int, last: int) -> list[Choice]:
+        """The atoms among first..last-1 that may hold several distinct contents, ascending."""
+        key = (first, last)
+        found = self._choices.get(key)
+        if found is None:
+            found = self._choices[key] = self._distinct(first, last)
+        return found
+
+    def _distinct(self, first: int, last: int) -> list[Choice]:
+        flight = self.in_flight_atoms()
+        low, high = np.searchsorted(flight.atom, (first, last))
+        if low == high:
+            return []
+        atom = flight.atom[low:high]
+        contents = self.take(flight.rows[low:high].reshape(-1)).reshape(-1, self.atom)
+        durable = self.durable(first, last).reshape(-1, self.atom)
+        differ = (contents.view(np.uint64) != durable.view(np.uint64)[atom - first]).any(axis=1)
+        found: list[Choice] = []
+        entries = np.flatnonzero(differ).tolist()
+        numbers = atom[differ].tolist()
+        place = 0
+        while place < len(entries):
+            number = numbers[place]
+            distinct = {durable[number - first].tobytes(): int(self.writer[number * self.per_atom]) - 1}
+            while place < len(entries) and numbers[place] == number:
+                distinct.setdefault(contents[entries[place]].tobytes(), int(flight.event[low + entries[place]]))
+                place += 1
+            stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), self.atom)
+            found.append(Choice(number, stacked, tuple(distinct.values())))
+        return found
+
+    def candidates(self, sectors: Rows, tokens: Tokens) -> tuple[Rows, Rows, Rows]:
+        """Everything that `sectors` may hold: (index into sectors, operation, stamped sector), the durable content
+        of every sector first."""
+        rows = [self.rows[sectors]]
+        index = [np.arange(len(sectors))]
+        flight = self.in_flight_atoms()
+        if len(flight.atom):
+            atoms = sectors // self.per_atom
+            low = np.searchsorted(flight.atom, atoms)
+            count = np.searchsorted(flight.atom, atoms, side="right") - low
+            hit = np.flatnonzero(count)
+            if len(hit):
+                times = count[hit]
+                again = np.repeat(hit, times)
+                entry = np.repeat(low[hit] - (np.cumsum(times) - times), times) + np.arange(len(again))
+                rows.append(flight.rows[entry, sectors[again] % self.per_atom])
+                index.append(again)
+        op, stamped = tokens.of(np.concatenate(rows))
+        return np.concatenate(index), op, stamped
+
+    def undecided(self) -> Rows:
+        """How many distinct contents each atom has that has more than one."""
+        flight = self.in_flight_atoms()
+        differ = np.zeros(len(flight.atom), dtype=bool)
+        inner = np.arange(self.per_atom)
+        for begin in range(0, len(differ), 16384):  # at most 8 MiB of sectors at a time
+            part = slice(begin, begin + 16384)
+            durable = self.rows[flight.atom[part, None] * self.per_atom + inner]
+            left, right = self.take(flight.rows[part].reshape(-1)), self.take(durable.reshape(-1))
+            unequal = (left.view(np.uint64) != right.view(np.uint64)).any(axis=1)
+            differ[part] = unequal.reshape(-1, self.per_atom).any(axis=1)
+        atoms, counts = np.unique(flight.atom[differ], return_counts=True)
+        counts = counts + 1
+        for i in np.flatnonzero(counts > 2).tolist():
+            choices = self._distinct(int(atoms[i]), int(atoms[i]) + 1)
+            counts[i] = len(choices[0].contents)
+        return counts

@@ -1,0 +1,128 @@
+"""The search: every epoch of a trace, each exhausted or said to be not.
+
+An epoch's search runs a judge on a crash disk until every answer was given. It stops early when it has met
+broken rules (the first run of the whole check that reports any is finished, up to `ENOUGH` findings for each
+rule): the verdict is BROKEN whatever follows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from powercut.crash.contents import Contents
+from powercut.crash.disk import BudgetSpent, CrashDisk
+from powercut.crash.promise import Promise
+from powercut.errors import Nondeterministic
+from powercut.verdict import Problem
+
+ENOUGH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """One decision of a finding: the atom at byte `offset` was left as `event` (an index; -1: initial content)
+    left it, one of `contents` distinct contents; `durable` says it is what would be there if nothing in flight
+    had survived."""
+
+    offset: int
+    event: int
+    contents: int
+    durable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A broken rule: a crash before `position`, the decisions that matter, and what is wrong then."""
+
+    position: int
+    problem: Problem
+    decisions: tuple[Chosen, ...]
+
+
+@dataclass(slots=True)
+class EpochResult:
+    """What the search says of one epoch."""
+
+    index: int
+    position: int
+    checks: int = 0
+    exhausted: bool = False
+    undecided_atoms: int = 0
+    log2_states: float = 0.0
+    found: list[Found] = field(default_factory=list)
+    unknown: str | None = None  # why nothing certain can be said, if so
+
+
+Report = Callable[[Problem], None]
+
+
+class Judge(Protocol):
+    """A format's check of one crash state. Reports every broken rule it sees; splits itself by `disk.explore`."""
+
+    def __call__(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None: ...
+
+
+class _Stop(Exception):
+    """Enough was found in this epoch."""
+
+
+def explore_epoch(
+    index: int, contents: Contents, judge: Judge, *, sets: bool = True, budget: int | None = None
+) -> EpochResult:
+    """Exhaust the epoch that ends at the current position of `contents`, in at most `budget` checks."""
+    result = EpochResult(index, contents.position)
+    counts = contents.undecided()
+    result.undecided_atoms = len(counts)
+    result.log2_states = float(np.log2(counts).sum())
+    disk = CrashDisk(contents, sets=sets, budget=budget)
+    seen: dict[tuple[str, str, int], Found] = {}
+    rules: Counter[str] = Counter()
+
+    def report(problem: Problem) -> None:
+        if problem.key in seen or rules[problem.rule] >= ENOUGH:
+            return
+        rules[problem.rule] += 1
+        size = contents.atom
+        decisions = tuple(
+            Chosen(d.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in disk.path
+        )
+        seen[problem.key] = Found(contents.position, problem, decisions)
+
+    def whole() -> None:
+        judge(disk, report, lambda rule: rules[rule] >= ENOUGH)
+        if seen:
+            raise _Stop
+
+    try:
+        disk.explore(whole)
+        result.exhausted = True
+    except _Stop:
+        pass
+    except BudgetSpent:
+        result.unknown = "budget spent"
+    except Nondeterministic as error:
+        result.unknown = str(error)
+    result.checks = disk.checks
+    result.found = list(seen.values())
+    return result
+
+
+def explore(
+    contents: Contents,
+    promise: Promise | None,
+    judge: Judge,
+    epochs: Iterable[tuple[int, int, int | None]],
+    *,
+    sets: bool = True,
+) -> Iterable[EpochResult]:
+    """Explore (index, position, budget) of `epochs`, which ascend."""
+    for index, position, budget in epochs:
+        contents.advance(position)
+        if promise is not None:
+            promise.advance(position)
+        yield explore_epoch(index, contents, judge, sets=sets, budget=budget)

@@ -1,0 +1,141 @@
+"""A finding: one crash state that breaks a rule, as a file that brings it back.
+
+The file names its trace by hash, says before which position the crash came, and lists the decisions that the
+broken rule rests on. Every other atom holds its durable content, which is a legal state too. JSON, schema
+`powercut.finding/1`; unknown versions are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from powercut import __version__
+from powercut.crash.contents import Contents
+from powercut.crash.explore import Found
+from powercut.errors import InputError
+from powercut.trace import SECTOR, Kind, Trace
+
+SCHEMA = "powercut.finding/1"
+
+
+class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The atom at byte `offset` was left as the event numbered `event` left it (its index in the trace; -1: as it
+    was before the recording), one of `contents` distinct contents. `lost` says that writes in flight on it were
+    lost. `write` describes the event."""
+
+    offset: int
+    event: int
+    contents: int
+    lost: bool
+    write: str = ""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """See the module. `seen` counts the states the search met that break this rule in this way."""
+
+    schema: str
+    powercut: str
+    trace: str
+    trace_hash: str
+    format: str
+    atom: int
+    position: int
+    rule: str
+    kind: str
+    where: int
+    severity: str
+    text: str
+    decisions: list[Decided]
+    seen: int = 1
+
+    def of_trace(self, path: str) -> Finding:
+        """The same finding, for a copy of its trace at `path`."""
+        return msgspec.structs.replace(self, trace=path)
+
+    def save(self, path: Path) -> None:
+        """Write the finding; the trace's path becomes relative to it."""
+        relative = os.path.relpath(self.trace, path.parent)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(self, trace=relative))))
+
+
+def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int) -> Finding:
+    """The finding for what the search found in `trace`."""
+    problem = found.problem
+    return Finding(
+        schema=SCHEMA,
+        powercut=__version__,
+        trace=trace.path,
+        trace_hash=trace.hash,
+        format=format,
+        atom=atom,
+        position=found.position,
+        rule=problem.rule,
+        kind=problem.kind,
+        where=problem.where,
+        severity=problem.severity.label,
+        text=problem.text,
+        decisions=[
+            Decided(d.offset, d.event, d.contents, d.durable, _describe(trace, d.event)) for d in found.decisions
+        ],
+        seen=seen,
+    )
+
+
+def _describe(trace: Trace, event: int) -> str:
+    if event < 0:
+        return "before the recording"
+    about = trace.events[event]
+    return f"{Kind(about['kind']).name.lower()} of {about['length']} bytes at {about['offset']:#x}"
+
+
+def load(path: str) -> Finding:
+    """Read a finding. Raises InputError."""
+    try:
+        finding = msgspec.json.decode(Path(path).read_bytes(), type=Finding)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a finding: {error}") from None
+    if finding.schema != SCHEMA:
+        raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {SCHEMA!r}")
+    return msgspec.structs.replace(finding, trace=os.path.join(os.path.dirname(path), finding.trace))
+
+
+def apply(finding: Finding, contents: Contents) -> None:
+    """Make the finding's decisions durable in `contents`, which stand at its crash, and let nothing be in flight.
+    Raises InputError if the decisions do not fit."""
+    trace = contents.trace
+    if trace.hash != finding.trace_hash:
+        raise InputError(f"{trace.path}: another trace than the finding's (hash {trace.hash}, not {finding.trace_hash})")
+    flight = contents.in_flight_atoms()
+    for decided in finding.decisions:
+        atom, rest = divmod(decided.offset, finding.atom)
+        if decided.lost and not rest:
+            continue
+        hits = np.flatnonzero((flight.atom == atom) & (flight.event == decided.event))
+        if rest or not len(hits):
+            raise InputError(f"the finding decides byte {decided.offset} for event {decided.event}: not in flight there")
+        contents.rows[atom * contents.per_atom : (atom + 1) * contents.per_atom] = flight.rows[hits[0]]
+    contents.settle_all()
+
+
+def write_image(contents: Contents, path: str) -> None:
+    """Write the durable contents as a sparse file of the image's size. The file must not exist, or is replaced."""
+    step = 2048  # sectors: 1 MiB
+    try:
+        with open(path, "wb") as out:
+            for first in range(0, min(contents.sectors, -(-contents.size // SECTOR)), step):
+                rows = contents.rows[first : min(first + step, contents.sectors)]
+                if not rows.any():
+                    continue
+                data = contents.take(rows)
+                if data.any():
+                    out.seek(first * SECTOR)
+                    out.write(data.reshape(-1)[: contents.size - first * SECTOR].tobytes())
+            out.truncate(contents.size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

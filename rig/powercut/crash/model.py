@@ -1,0 +1,168 @@
+"""The fault model: which events are durable at a crash, and which are in flight.
+
+A trace lists what was asked of a file and when that was answered. At a crash at position `t`:
+
+    durable     completed before the *issue* of some flush of the same file that completed by t (or it is FUA
+                and completed by t). A write that completes while a flush is running is not covered by it.
+    in flight   issued by t, not durable, and not completed before the issue of an event that is durable on
+                that atom (else an older write would come back from the dead)
+    absent      issued after t
+
+The disk persists atoms (512 bytes by default). Each atom independently holds its durable content, or the
+content of any one in-flight event that covers it; of durable events on one atom that ran at the same time
+either may be the last. Reordered, dropped and torn writes all follow from that sentence.
+
+An event that failed may have landed in part, and stays in flight. A flush that failed, or about which the
+recorder lied, covers nothing.
+
+An *epoch* ends where something becomes durable: just before a flush or FUA write completes, and at the end
+of the recording. Within an epoch the set of states only grows and the guest's claims only get stricter, so
+each epoch is visited once, at its end.
+
+The same model holds one floor higher: a guest's disk is a file too, its events are the guest's operations,
+and what may survive of them is what the guest may read after the crash (see `powercut.crash.promise`).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
+
+_CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
+_MAP_NORESERVE = 0x4000
+
+
+def sparse_zeros(count: int, dtype: type[np.generic]) -> NDArray[np.generic]:
+    """A zeroed array whose untouched pages take no memory, however large it is."""
+    size = max(1, count) * np.dtype(dtype).itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)[:count]
+
+
+def epochs(trace: Trace, file: int) -> list[int]:
+    """The crash positions to visit: the end of each epoch of `file`, ascending, the last being the trace's end."""
+    events = trace.events
+    ends = (
+        (events["file"] == file)
+        & (events["result"] == 0)
+        & (events["completed"] != NEVER)
+        & ((events["kind"] == Kind.FLUSH) | ((events["flags"] & Flag.FUA) != 0))
+        & ((events["flags"] & Flag.LIED) == 0)
+    )
+    return [*sorted(events["completed"][ends].tolist()), trace.length]
+
+
+class Durability:
+    """Follows one file through the trace: `writer[sector]` is 1 + the index of the event whose content is
+    durable there (0: the initial content); `in_flight` lists the indices of events in flight.
+
+    `others[sector]` lists further durable events that may have been the last on it, which happens only
+    where requests overlapped in time and place.
+    """
+
+    def __init__(self, trace: Trace, file: int) -> None:
+        self.trace = trace
+        self.file = file
+        self.position = 0
+        events = trace.events
+        mine = np.flatnonzero(events["file"] == file)
+        self.issued: list[int] = events["issued"].tolist()
+        self.completed: list[int] = events["completed"].tolist()
+        self.kind: list[int] = events["kind"].tolist()
+        first = events["offset"] // SECTOR
+        last = -(-(events["offset"] + events["length"]) // SECTOR)
+        self.first: list[int] = first.tolist()
+        self.last: list[int] = last.tolist()
+        end = max((self.last[e] for e in mine), default=0)
+        self.sectors = max(end, -(-trace.files[file].size // SECTOR))
+        self.writer: NDArray[np.int32] = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
+        self.in_flight: list[int] = []
+        self.others: dict[int, list[int]] = {}
+        self._issued = events["issued"]
+        self._completed = events["completed"]
+        changes = np.isin(events["kind"][mine], _CHANGES)
+        done = (events["result"] == 0) & (events["completed"] != NEVER)
+        fua = (events["flags"] & Flag.FUA) != 0
+        flush = (events["kind"] == Kind.FLUSH) & done & ((events["flags"] & Flag.LIED) == 0)
+        self.failed = set(mine[changes & (events["result"][mine] != 0)].tolist())
+        # An in-flight event can be overtaken by a durable one only if it is durable for another reason than a flush.
+        self.overtaking = bool(self.failed) or bool(fua[mine].any())
+        # The steps of this file's history: (position, what, event), what being 0 enter, 1 flush done, 2 FUA done.
+        steps = [(self.issued[e], 0, e) for e in mine[changes].tolist()]
+        steps += [(self.completed[e], 1, e) for e in mine[flush[mine]].tolist()]
+        steps += [(self.completed[e], 2, e) for e in mine[changes & (fua & done)[mine]].tolist()]
+        self._steps = sorted(steps)
+        self._next = 0
+
+    def advance(self, position: int) -> None:
+        """Go on to a crash at `position`: everything recorded before it has happened."""
+        steps = self._steps
+        while self._next < len(steps) and steps[self._next][0] < position:
+            _, what, event = steps[self._next]
+            self._next += 1
+            if what == 0:
+                self.in_flight.append(event)
+                self.entered(event)
+            elif what == 1:
+                since = self.issued[event]
+                covered = [e for e in self.in_flight if self.completed[e] < since and e not in self.failed]
+                self._settle(sorted(covered, key=self.completed.__getitem__))
+            else:
+                self._settle([event])
+        self.position = position
+
+    def _settle(self, events: list[int]) -> None:
+        """Make `events` durable, in the order in which they completed."""
+        for event in events:
+            first, last = self.first[event], self.last[event]
+            before = self.writer[first:last]
+            where: slice | NDArray[np.int64] = slice(first, last)
+            if before.any():
+                rivals = (before > 0) & (self._completed[before - 1] > self.issued[event])
+                if self.overtaking:
+                    newer = self.overtaken(event, np.arange(first, last))
+                    if newer.any():  # what is durable there came after this event: it stays
+                        where = first + np.flatnonzero(~newer)
+                        rivals &= ~newer
+                if rivals.any() or self.others:
+                    self._keep_rivals(event, first + np.flatnonzero(rivals))
+            self.settled(event, where)
+        if events:
+            gone = set(events)
+            self.in_flight = [e for e in self.in_flight if e not in gone]
+
+    def _keep_rivals(self, event: int, sectors: NDArray[np.int64]) -> None:
+        first, last, issued = self.first[event], self.last[event], self.issued[event]
+        for sector in [s for s in self.others if first <= s < last]:
+            self.others[sector] = [e for e in self.others[sector] if self.completed[e] > issued]
+            if not self.others[sector]:
+                del self.others[sector]
+        for sector in sectors.tolist():
+            self.others.setdefault(sector, []).append(int(self.writer[sector]) - 1)
+
+    def overtaken(self, event: int, sectors: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Where `event` completed before the issue of something that is durable. `sectors` ascend."""
+        completed = self.completed[event]
+        writer = self.writer[sectors]
+        over = np.asarray((writer > 0) & (self._issued[writer - 1] > completed))
+        for sector, rivals in self.others.items():
+            if any(self.issued[rival] > completed for rival in rivals):
+                over |= sectors == sector
+        return over
+
+    def entered(self, event: int) -> None:
+        """`event` was issued. For subclasses."""
+
+    def settled(self, event: int, where: slice | NDArray[np.int64]) -> None:
+        """`event` became durable in the sectors `where`. Subclasses that keep more than the writer extend this."""
+        self.writer[where] = event + 1
+
+
+def log2_states(counts: Iterable[int]) -> float:
+    """The number of states that independent choices of `counts` alternatives make, as a power of two."""
+    return float(sum(np.log2(count) for count in counts))

@@ -1,0 +1,95 @@
+"""What a guest may read after a crash.
+
+The guest's disk follows the same fault model as the file below it: an operation that completed before the
+issue of a flush that was acknowledged must be there; one that was not flushed may be there or not, sector by
+sector. So the legal contents of a guest sector are those that the model leaves for it, and the check of a
+recovered disk is one of membership.
+
+A discard is a hint: it makes zeros legal, now and later, and takes nothing away, because a device may ignore
+it for a part of the range or for all of it (NBD protocol, NBD_CMD_TRIM; QEMU ignores unaligned edges).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powercut.crash.model import Durability, sparse_zeros
+from powercut.stamp import GARBAGE, ZERO
+from powercut.trace import SECTOR, FileInfo, Kind, Trace
+
+Sectors = NDArray[np.int64]
+
+
+class Promise(Durability):
+    """The legal contents of a guest's disk at the current position. `guest` is a file whose role is "guest"."""
+
+    def __init__(self, trace: Trace, guest: FileInfo) -> None:
+        super().__init__(trace, guest.id)
+        events = trace.events
+        self.size = guest.size
+        self.op: Sectors = np.where(events["kind"] == Kind.WRITE, events["ref"], ZERO)
+        mine = (events["file"] == guest.id) & (events["kind"] == Kind.WRITE)
+        numbers = events["ref"][mine]
+        self._event_of_op = np.full(int(numbers.max()) + 1 if len(numbers) else 1, -1, dtype=np.int64)
+        self._event_of_op[numbers] = np.flatnonzero(mine)
+        self._live = np.zeros(len(events), dtype=bool)  # in flight now
+        self._begin, self._end = events["offset"] // SECTOR, (events["offset"] + events["length"]) // SECTOR
+        self._may_be_zero: Any = sparse_zeros(self.sectors, np.bool_)
+        self.tightened: list[tuple[int, int]] = []  # sector ranges whose legal contents became fewer
+
+    def entered(self, event: int) -> None:
+        self._live[event] = True
+
+    def settled(self, event: int, where: slice | Sectors) -> None:
+        self._live[event] = False
+        if self.kind[event] == Kind.DISCARD:
+            self._may_be_zero[where] = True
+            return
+        super().settled(event, where)
+        self._may_be_zero[where] = False
+        self.tightened.append((self.first[event], self.last[event]))
+
+    def legal(self, at: Sectors, op: Sectors, stamped: Sectors) -> NDArray[np.bool_]:
+        """Whether guest sector `at[i]` may hold the stamp of operation `op[i]` for sector `stamped[i]`."""
+        writer = self.writer[at]
+        wanted = np.where(writer > 0, self.op[writer - 1], ZERO)
+        zero = op == ZERO
+        ok = (op == wanted) & (zero | (stamped == at))
+        left = np.flatnonzero(~ok & (zero | (stamped == at)) & (op != GARBAGE))
+        if len(left):
+            ok[left] = self._in_flight(at[left], op[left])
+        return np.asarray(ok)
+
+    def _in_flight(self, at: Sectors, op: Sectors) -> NDArray[np.bool_]:
+        event = self._event_of_op[np.clip(op, 0, len(self._event_of_op) - 1)]
+        known = (op >= 0) & (op < len(self._event_of_op)) & (event >= 0)
+        ok = known & self._live[event] & (self._begin[event] <= at) & (at < self._end[event])
+        if self.overtaking:
+            writer = self.writer[at]
+            ok &= (writer == 0) | (self._issued[writer - 1] < self._completed[event])
+        zero = op == ZERO
+        if zero.any():
+            ok |= zero & self._may_be_zero[at]
+            for change in self.in_flight:
+                if self.kind[change] != Kind.WRITE:
+                    ok |= zero & (self.first[change] <= at) & (at < self.last[change])
+        if self.others:
+            for i, sector in enumerate(at.tolist()):
+                ok[i] |= int(op[i]) in {int(self.op[e]) for e in self.others.get(sector, ())}
+        return np.asarray(ok)
+
+    def describe(self, sector: int) -> str:
+        """What guest sector `sector` may hold, for people."""
+        legal = []
+        writers = [int(self.writer[sector]) - 1, *self.others.get(sector, ())]
+        live = [e for e in self.in_flight if self.first[e] <= sector < self.last[e]]
+        for event, state in [(e, "flushed") for e in writers] + [(e, "not flushed") for e in live]:
+            if event < 0:
+                legal.append("zeros (never written)")
+            else:
+                number = int(self.trace.events["ref"][event])
+                legal.append(f"operation {number} ({Kind(self.kind[event]).name.lower()}, {state})")
+        return " or ".join(legal)

@@ -1,0 +1,168 @@
+"""The gate: every scenario is run, and what comes out is held against what it expects."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from powercut import record, run
+from powercut.errors import EnvironmentFault, InputError, PowercutError
+from powercut.guest.daemon import version
+from powercut.report import outcome as reports
+from powercut.report.text import progress, states
+from powercut.run import Outcome
+from powercut.scenario import Scenario, load
+from powercut.verdict import Verdict
+
+SCHEMA = "powercut.gate/1"
+
+
+@dataclass(slots=True)
+class Result:
+    """One scenario's result. `state`: "expected", "unexpected", "unknown", "skipped"; `why` in words."""
+
+    name: str
+    scenario: Scenario
+    state: str
+    why: str = ""
+    outcome: Outcome | None = None
+    saved: list[reports.Saved] | None = None
+    seconds: float = 0.0
+
+
+def shipped() -> Path:
+    """The folder of scenarios: the one in the working directory, else the one that came with powercut."""
+    here = Path("scenarios")
+    packaged = Path(__file__).parent / "_data" / "scenarios"
+    checkout = Path(__file__).parents[2] / "scenarios"
+    return next((folder for folder in (here, packaged, checkout) if folder.is_dir()), here)
+
+
+def collect(paths: Sequence[Path]) -> list[Path]:
+    """The scenario files that `paths` (files or folders) name. Raises InputError if there is none."""
+    files: list[Path] = []
+    for path in paths or [shipped()]:
+        files += sorted(path.glob("*.toml")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"no scenarios in {', '.join(map(str, paths or [shipped()]))}: nothing was run")
+    return files
+
+
+def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool = False) -> list[Result]:
+    """Run every scenario, printing a line for each unless `quiet`. Raises InputError for a bad scenario file, before
+    any is run."""
+    scenarios = [(file, load(file)) for file in collect(paths)]
+    width = max(len(scenario.name) for _, scenario in scenarios)
+    try:
+        qemu: str | None = version()
+    except EnvironmentFault as fault:
+        qemu = None
+        click.echo(f"powercut: {fault}; scenarios that record are skipped", err=True)
+    results = []
+    if not quiet:
+        click.echo(f"{'scenario':{width}}  {'expect':7} {'result':7} {'epochs':>6} {'states':>10} {'checks':>7} {'time':>7}")
+    for file, scenario in scenarios:
+        begin = time.monotonic()
+        if qemu is None and scenario.trace is None:
+            result = Result(scenario.name, scenario, "skipped", "no QEMU")
+        else:
+            try:
+                result = _run(file, scenario, qemu or "", jobs, save)
+            except PowercutError as error:
+                result = Result(scenario.name, scenario, "unknown", str(error))
+        result.seconds = time.monotonic() - begin
+        results.append(result)
+        if not quiet:
+            click.echo(_line(result, width))
+    if not quiet:
+        click.echo(summary(results, qemu))
+    return results
+
+
+def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
+    with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+        if scenario.trace is not None:
+            trace = file.parent / scenario.trace
+        else:
+            trace = Path(scratch) / f"{scenario.name}.trace"
+            with progress(f"recording {scenario.name}") as show:
+                record.record(scenario, trace, show)
+        plan = run.Plan(str(trace), scenario.format, scenario.explore.atom, scenario.explore.rules)
+        with progress(f"exploring {scenario.name}") as show:
+            outcome = run.explore_trace(plan, budget=scenario.explore.budget, jobs=jobs, progress=show)
+        result = _judge(scenario, outcome, qemu)
+        if result.state in ("unexpected", "unknown"):  # keep what a person needs to look into it
+            save.mkdir(parents=True, exist_ok=True)
+            kept = save / f"{scenario.name}.trace"
+            shutil.copyfile(trace, kept)
+            for i, finding in enumerate(outcome.findings):
+                outcome.findings[i] = finding.of_trace(str(kept))
+            result.saved = reports.save(outcome.findings, save / f"{scenario.name}.findings")
+        return result
+
+
+def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:
+    """Whether `outcome` is what the scenario expects."""
+    verdict = outcome.verdict
+    rules = {finding.rule for finding in outcome.findings}
+    why = ", ".join(sorted({f"{finding.severity} ({finding.rule})" for finding in outcome.findings}))
+    if verdict is Verdict.UNKNOWN:
+        return Result(scenario.name, scenario, "unknown", "; ".join(outcome.reasons), outcome)
+    if scenario.qemu and not any(qemu == known or qemu.startswith(f"{known}.") for known in scenario.qemu):
+        return Result(scenario.name, scenario, "expected", f"first seen with QEMU {qemu}; {why}".rstrip("; "), outcome)
+    as_expected = verdict == scenario.expect and (scenario.rule is None or scenario.rule in rules)
+    return Result(scenario.name, scenario, "expected" if as_expected else "unexpected", why, outcome)
+
+
+def _line(result: Result, width: int) -> str:
+    coverage = result.outcome.coverage if result.outcome else None
+    got = str(result.outcome.verdict) if result.outcome else result.state
+    numbers = f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}" if coverage else " " * 25
+    line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers} {result.seconds:>5.1f} s"
+    if result.state != "expected":
+        line += f"  {result.state.upper()}"
+    if result.why:
+        line += f"  {result.why}"
+    for saved in (result.saved or [])[:1]:
+        line += f"\n    {saved.replay}"
+    return line
+
+
+def summary(results: list[Result], qemu: str | None) -> str:
+    """The closing line."""
+    counts = {state: sum(result.state == state for result in results) for state in ("expected", "unexpected", "unknown", "skipped")}
+    said = ", ".join(f"{number} {'as expected' if state == 'expected' else state}" for state, number in counts.items() if number)
+    return f"{len(results)} scenarios: {said} (QEMU {qemu or 'not found'})"
+
+
+def exit_code(results: list[Result]) -> int:
+    """1 if any result was unexpected, else 3 if any was UNKNOWN or skipped, else 0."""
+    if any(result.state == "unexpected" for result in results):
+        return 1
+    return 3 if any(result.state in ("unknown", "skipped") for result in results) else 0
+
+
+def document(results: list[Result]) -> dict[str, Any]:
+    """The results as JSON, schema `powercut.gate/1`."""
+    return {
+        "schema": SCHEMA,
+        "exit_code": exit_code(results),
+        "results": [
+            {
+                "name": result.name,
+                "state": result.state,
+                "expect": result.scenario.expect,
+                "why": result.why,
+                "seconds": round(result.seconds, 2),
+                "outcome": reports.document(result.outcome, result.saved or []) if result.outcome else None,
+            }
+            for result in results
+        ],
+    }

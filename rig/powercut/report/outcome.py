@@ -1,0 +1,129 @@
+"""An exploration's outcome: saved findings, a JSON document, and text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from powercut.errors import InputError
+from powercut.report.text import count, states, verdict_word
+
+SCHEMA = "powercut.verdict/1"
+
+
+class Finding(Protocol):
+    """What is told of a finding (`powercut.crash.finding`)."""
+
+    rule: str
+    kind: str
+    severity: str
+    text: str
+    seen: int
+    position: int
+    decisions: list[Any]
+
+    def save(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A finding and the file it was saved in."""
+
+    finding: Finding
+    path: Path
+
+    @property
+    def replay(self) -> str:
+        return f"powercut replay {self.path} --out crash.img"
+
+
+def save(findings: list[Any], directory: Path) -> list[Saved]:
+    """Save findings into `directory`, grouped by rule in their names; what an earlier run left there goes."""
+    saved: list[Saved] = []
+    try:
+        for old in directory.glob("*.finding.json"):
+            old.unlink()
+        for finding in findings:
+            directory.mkdir(parents=True, exist_ok=True)
+            number = 1 + sum(s.finding.rule == finding.rule and s.finding.kind == finding.kind for s in saved)
+            path = directory / f"{finding.rule}-{finding.kind}-{number}.finding.json"
+            finding.save(path)
+            saved.append(Saved(finding, path))
+    except OSError as error:
+        raise InputError(f"{directory}: findings cannot be saved: {error.strerror}") from None
+    return saved
+
+
+def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
+    """The outcome as JSON, schema `powercut.verdict/1`."""
+    coverage = outcome.coverage
+    return {
+        "schema": SCHEMA,
+        "verdict": str(outcome.verdict),
+        "trace": outcome.plan.trace,
+        "format": outcome.plan.format,
+        "atom": outcome.plan.atom,
+        "rules": list(outcome.plan.rules),
+        "scope": outcome.scope,
+        "reasons": outcome.reasons,
+        "coverage": {
+            "epochs": coverage.epochs,
+            "epochs_exhausted": coverage.epochs_exhausted,
+            "undecided_atoms": coverage.undecided_atoms,
+            "log2_states": round(coverage.log2_states, 1),
+            "checks": coverage.checks,
+            "exhausted": coverage.exhausted,
+        },
+        "findings": [
+            {
+                "severity": item.finding.severity,
+                "rule": item.finding.rule,
+                "kind": item.finding.kind,
+                "text": item.finding.text,
+                "states": item.finding.seen,
+                "position": item.finding.position,
+                "decisions": msgspec.to_builtins(item.finding.decisions),
+                "file": str(item.path),
+                "replay": item.replay,
+            }
+            for item in saved
+        ],
+    }
+
+
+def covered(coverage: Any) -> str:
+    """One line of coverage."""
+    how = "exhausted" if coverage.exhausted else f"{coverage.epochs_exhausted:,} exhausted"
+    return (
+        f"{count(coverage.epochs, 'epoch')} ({how}), {count(coverage.undecided_atoms, 'undecided atom')}, "
+        f"{states(coverage.log2_states)} crash states, {count(coverage.checks, 'check')}"
+    )
+
+
+def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
+    """The outcome for people."""
+    plan = outcome.plan
+    lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: {plan.format}, atoms of {plan.atom} bytes"]
+    lines.append(f"  covered  {covered(outcome.coverage)}, {seconds:.1f} s")
+    lines.append(f"  rules    {', '.join(plan.rules)}")
+    if outcome.scope != "overlap":
+        lines.append(f"  scope    {outcome.scope}: requests in flight at the same time were not recorded as such")
+    lines += [f"  because  {reason}" for reason in outcome.reasons]
+    for item in saved:
+        finding = item.finding
+        lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}"]
+        lines.append(f"    crash before position {finding.position:,} of the trace; {_states(finding)}")
+        for decision in finding.decisions:
+            what = "lost here" if decision.lost else "survived "
+            kept = f"left as by the {decision.write}" if decision.lost else decision.write
+            lines.append(f"    {what}  byte {decision.offset:#x}: {kept}")
+        lines.append(f"    {item.replay}")
+    return "\n".join(lines)
+
+
+def _states(finding: Finding) -> str:
+    decisions = count(len(finding.decisions), "decision")
+    return f"{decisions}; the search met this kind {count(finding.seen, 'time')}"

@@ -1,0 +1,209 @@
+"""From a trace to an outcome: the search over all epochs, in several processes, and what it says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from powercut import formats
+from powercut.crash.contents import Contents, Tokens
+from powercut.crash.explore import EpochResult, Found, explore
+from powercut.crash.finding import Finding, from_found
+from powercut.crash.model import epochs
+from powercut.crash.promise import Promise
+from powercut.errors import InputError
+from powercut.formats import Recording
+from powercut.trace import SECTOR, Trace
+from powercut.verdict import Verdict
+
+RULES = ("opens", "structure", "acknowledged")
+ATOMS = (512, 4096)
+_PER_GROUP = 3  # findings kept for each rule and kind
+_FEW = 200  # epochs: fewer are not worth starting processes for
+
+Task = tuple[int, int, int | None]  # index, position and budget of an epoch
+Progress = Callable[[int, int], None]  # epochs done, epochs in all
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope."""
+
+    trace: str
+    format: str
+    atom: int = SECTOR
+    rules: tuple[str, ...] = RULES
+    sets: bool = True
+
+
+@dataclass(slots=True)
+class Coverage:
+    """How much of the state space was seen."""
+
+    epochs: int = 0
+    epochs_exhausted: int = 0
+    undecided_atoms: int = 0
+    log2_states: float = 0.0
+    checks: int = 0
+    exhausted: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A verdict with what it rests on. `reasons` says why it is UNKNOWN, or what limits its scope."""
+
+    verdict: Verdict
+    plan: Plan
+    scope: str
+    coverage: Coverage
+    findings: list[Finding] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+class Session:
+    """One process's walk through a trace: it goes forward only."""
+
+    def __init__(self, plan: Plan, trace: Trace | None = None) -> None:
+        self.plan = plan
+        self.trace = trace or Trace(plan.trace)
+        image, guest, backing = (self.trace.file(role) for role in ("image", "guest", "backing"))
+        if image is None:
+            raise InputError(f"{plan.trace}: has no image")
+        self.image = Contents(self.trace, image, plan.atom)
+        self.promise = Promise(self.trace, guest) if guest and "acknowledged" in plan.rules else None
+        base = Contents(self.trace, backing) if backing else None
+        recording = Recording(self.image, base, self.promise, Tokens(self.trace))
+        self._judge = formats.find(plan.format)(recording).judge
+
+    def advance(self, position: int) -> None:
+        """Go on to a crash at `position`."""
+        self.image.advance(position)
+        if self.promise is not None:
+            self.promise.advance(position)
+
+    def judge(self, disk: Any, report: Any, enough: Any) -> None:
+        rules = {"opens", *self.plan.rules}
+
+        def in_scope(problem: Any) -> None:
+            if problem.rule in rules:
+                report(problem)
+
+        self._judge(disk, in_scope, enough)
+
+    def explore(self, tasks: Iterable[Task]) -> Iterator[EpochResult]:
+        yield from explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets)
+
+
+_session: Session | None = None
+
+
+def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
+    """In a worker: explore `tasks`, going on from where this worker's session stands if that is behind them."""
+    global _session
+    if _session is None or _session.plan != plan or _session.image.position > tasks[0][1]:
+        _session = Session(plan)
+    return list(_session.explore(tasks))
+
+
+def _explore_all(plan: Plan, trace: Trace, tasks: list[Task], pool: Executor | None, done: Progress) -> list[EpochResult]:
+    results: list[EpochResult] = []
+    if pool is None:
+        for result in Session(plan, trace).explore(tasks):
+            results.append(result)
+            done(len(results), len(tasks))
+        return results
+    size = max(8, min(64, len(tasks) // 16))
+    futures: list[Future[list[EpochResult]]] = [
+        pool.submit(_work, plan, tasks[i : i + size]) for i in range(0, len(tasks), size)
+    ]
+    for future in as_completed(futures):
+        results += future.result()
+        done(len(results), len(tasks))
+    return sorted(results, key=lambda result: result.index)
+
+
+def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None, done: Progress) -> list[EpochResult]:
+    """Explore every epoch; a budget is shared out evenly, and what some did not need goes to those that want more.
+
+    The shares do not depend on the number of processes, so neither does the verdict.
+    """
+    image = trace.file("image")
+    assert image is not None
+    positions = epochs(trace, image.id)
+    results: dict[int, EpochResult] = {}
+    spent = 0
+    while True:
+        left = [i for i in range(len(positions)) if i not in results or results[i].unknown == "budget spent"]
+        share = None if budget is None else (budget - spent) // max(1, len(left))
+        if not left or share == 0 or (results and share is not None and all(results[i].checks >= share for i in left)):
+            return [results.get(i) or _unseen(i, positions[i]) for i in range(len(positions))]
+        tasks = [(i, positions[i], share) for i in left]
+        for result in _explore_all(plan, trace, tasks, pool, done):
+            results[result.index] = result
+            spent += result.checks
+        if budget is None:
+            return [results[i] for i in range(len(positions))]
+
+
+def _unseen(index: int, position: int) -> EpochResult:
+    return EpochResult(index, position, unknown="budget spent")
+
+
+def explore_trace(
+    plan: Plan, *, budget: int | None = None, jobs: int | None = None, progress: Progress = lambda done, of: None
+) -> Outcome:
+    """Explore a trace and judge it. `budget` bounds the number of checks, `jobs` the processes (default: all cores).
+
+    Raises InputError if the trace cannot be used.
+    """
+    trace = Trace(plan.trace)
+    trace.verify()
+    image = trace.file("image")
+    if image is None:
+        raise InputError(f"{plan.trace}: has no image")
+    formats.find(plan.format)
+    count = len(epochs(trace, image.id))
+    jobs = min(jobs or os.cpu_count() or 1, -(-count // 64))
+    if jobs == 1 or count < _FEW:
+        results = _rounds(plan, trace, budget, None, progress)
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            results = _rounds(plan, trace, budget, pool, progress)
+    return conclude(plan, trace, results)
+
+
+def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcome:
+    """The verdict over all epochs."""
+    coverage = Coverage(
+        epochs=len(results),
+        epochs_exhausted=sum(result.exhausted for result in results),
+        undecided_atoms=sum(result.undecided_atoms for result in results),
+        log2_states=sum(result.log2_states for result in results),
+        checks=sum(result.checks for result in results),
+        exhausted=all(result.exhausted for result in results),
+    )
+    reasons = sorted({result.unknown for result in results if result.unknown})
+    if trace.truncated:
+        reasons.append(trace.truncated)
+    if "acknowledged" in plan.rules and trace.file("guest") is None:
+        reasons.append("rule acknowledged cannot be judged: the trace says nothing of what the guest wrote and flushed")
+    found = [item for result in results for item in result.found]
+    verdict = Verdict.BROKEN if found else Verdict.UNKNOWN if reasons or not coverage.exhausted else Verdict.HOLDS
+    scope = str(trace.meta.get("scope", "overlap"))
+    return Outcome(verdict, plan, scope, coverage, _group(plan, trace, found), reasons)
+
+
+def _group(plan: Plan, trace: Trace, found: list[Found]) -> list[Finding]:
+    """At most three findings of each rule and kind, the worst rule first, those with the fewest decisions first."""
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for item in found:
+        groups.setdefault((item.problem.rule, item.problem.kind), []).append(item)
+    findings = []
+    for group in sorted(groups.values(), key=lambda group: -max(item.problem.severity for item in group)):
+        group.sort(key=lambda item: (len(item.decisions), item.position))
+        findings += [from_found(item, trace, plan.format, plan.atom, len(group)) for item in group[:_PER_GROUP]]
+    return findings

@@ -1,0 +1,134 @@
+"""A scenario: one frozen description of what is recorded, how it is explored, and what must come out.
+
+A TOML file, one per scenario; docs/scenarios.md lists the keys. Unknown keys and bad values are refused with
+the line they stand on.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from powercut.errors import InputError
+
+_SIZE = re.compile(r"(\d+)([kKmMgGtT]?)")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Workload(Struct, frozen=True, forbid_unknown_fields=True, rename={"extra": "with"}):
+    """Either `operations` drawn from `seed`, or a `history` written down: "write 64k 4k", "zero 0 1M",
+    "zero 0 1M unmap", "discard 0 1M", "flush" (offset, then length)."""
+
+    operations: Positive = 1000
+    seed: int = 7
+    extra: tuple[Literal["zero", "discard"], ...] = ()
+    depth: Positive = 4
+    history: tuple[str, ...] = ()
+
+
+class Recording(Struct, frozen=True, forbid_unknown_fields=True):
+    """`via` is what records: our NBD server under the format, or QEMU's blklogwrites driver. `lie`: what the server
+    acknowledges without doing it. `no_flush`: cache.no-flush=on on every node (blklogwrites only)."""
+
+    via: Literal["nbd", "blklogwrites"] = "nbd"
+    lie: tuple[Literal["flush"], ...] = ()
+    no_flush: bool = False
+
+
+class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
+    """How crash states are explored. `budget`: at most so many checks."""
+
+    atom: Literal[512, 4096] = 512
+    budget: Positive | None = None
+    rules: tuple[Literal["opens", "structure", "acknowledged"], ...] = ("opens", "structure", "acknowledged")
+
+
+class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
+    """See the module. `rule` and `qemu` go with expect = "BROKEN": the rule that must be among the broken ones, and
+    the QEMU versions (prefixes) for which that is known; for others nothing is expected. `trace`: a recording that
+    is shipped beside the scenario, explored as it is, so that no QEMU is needed."""
+
+    about: str
+    expect: Literal["HOLDS", "BROKEN"]
+    format: str = "qcow2"
+    size: str = "256M"
+    options: dict[str, str] = {}
+    backing: str | None = None
+    workload: Workload = Workload()
+    record: Recording = Recording()
+    explore: Exploration = Exploration()
+    rule: Literal["opens", "structure", "acknowledged"] | None = None
+    qemu: tuple[str, ...] = ()
+    trace: str | None = None
+    name: str = ""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512", "64k", "1M", "20G". Raises InputError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r} is not a size such as 4096, 64k or 256M")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def from_options(options: dict[str, Any]) -> Scenario:
+    """The scenario that command line options describe. Raises InputError."""
+    try:
+        return msgspec.convert(options, Scenario)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error)) from None
+
+
+def load(path: Path) -> Scenario:
+    """Read a scenario; its name is the file's. Raises InputError naming file, line and key."""
+    try:
+        text = path.read_text()
+        scenario = msgspec.convert(tomllib.loads(text), Scenario)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}{_line(text, str(error))}: {error}") from None
+    for key, value in (("size", scenario.size), ("backing", scenario.backing)):
+        try:
+            size = parse_size(value) if value is not None else 512
+        except InputError as error:
+            raise InputError(f"{path}{_line(text, f'at `$.{key}`')}: {key}: {error}") from None
+        if size == 0 or size % 512:
+            line = _line(text, f"at `$.{key}`")
+            raise InputError(f"{path}{line}: {key}: {value!r} is not a positive multiple of 512 bytes")
+    if scenario.expect == "HOLDS" and (scenario.rule or scenario.qemu):
+        raise InputError(f"{path}{_line(text, 'at `$.expect`')}: rule and qemu go with expect = \"BROKEN\"")
+    if scenario.record.no_flush and scenario.record.via != "blklogwrites":
+        raise InputError(f"{path}{_line(text, 'at `$.record.no_flush`')}: no_flush does nothing over nbd")
+    return msgspec.structs.replace(scenario, name=path.stem)
+
+
+def _line(text: str, error: str) -> str:
+    """":12" if the key that a msgspec error speaks of stands on line 12."""
+    import tomlkit  # only errors pay for it
+
+    where = re.search(r"at `\$\.?([^`]*)`", error)
+    steps: list[Any] = [int(s) if s.isdigit() else s for s in re.findall(r"[\w-]+", where[1])] if where else []
+    field = re.search(r"unknown field `([^`]*)`", error)
+    if field:
+        steps.append(field[1])
+    if not steps:
+        return ""
+    # A value that occurs nowhere else is put in its place: the line it is then found on is the line of the key.
+    document: Any = tomlkit.parse(text)
+    here = document
+    try:
+        for step in steps[:-1]:
+            here = here[step]
+        here[steps[-1]] = "\x00here"
+        return f":{tomlkit.dumps(document).split('u0000here')[0].count(chr(10)) + 1}"
+    except (KeyError, IndexError, TypeError):
+        return ""
