@@ -198,12 +198,15 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
 
 
 def _group(plan: Plan, trace: Trace, found: list[Found]) -> list[Finding]:
-    """At most three findings of each rule and kind, the worst rule first, those with the fewest decisions first."""
-    groups: dict[tuple[str, str], list[Found]] = {}
+    """At most three findings of each rule and kind, the worst rule first, those with the fewest decisions first.
+
+    What breaks a rule by the same decisions, sector after sector, is one finding."""
+    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Found]]] = {}
     for item in found:
-        groups.setdefault((item.problem.rule, item.problem.kind), []).append(item)
+        same = groups.setdefault((item.problem.rule, item.problem.kind), {})
+        same.setdefault((item.position, item.decisions), []).append(item)
     findings = []
-    for group in sorted(groups.values(), key=lambda group: -max(item.problem.severity for item in group)):
-        group.sort(key=lambda item: (len(item.decisions), item.position))
-        findings += [from_found(item, trace, plan.format, plan.atom, len(group)) for item in group[:_PER_GROUP]]
+    for group in sorted(groups.values(), key=lambda group: -max(items[0].problem.severity for items in group.values())):
+        distinct = sorted(group.values(), key=lambda items: (len(items[0].decisions), items[0].position))
+        findings += [from_found(items[0], trace, plan.format, plan.atom, len(items)) for items in distinct[:_PER_GROUP]]
     return findings

@@ -1,8 +1,8 @@
 """The search: every epoch of a trace, each exhausted or said to be not.
 
-An epoch's search runs a judge on a crash disk until every answer was given. It stops early when it has met
-broken rules (the first run of the whole check that reports any is finished, up to `ENOUGH` findings for each
-rule): the verdict is BROKEN whatever follows.
+An epoch's search runs a judge on a crash disk until every answer was given. Once it has met a broken rule it goes
+on only for another `MORE` runs of the whole check, to see which other rules break (up to `ENOUGH` findings for each):
+the verdict is BROKEN whatever follows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from powercut.errors import Nondeterministic
 from powercut.verdict import Problem
 
 ENOUGH = 3
+MORE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,10 @@ class Judge(Protocol):
     def __call__(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None: ...
 
 
+class Unjudged(Exception):
+    """A judge's word that it cannot tell: the epoch is then unknown, for the reason given."""
+
+
 class _Stop(Exception):
     """Enough was found in this epoch."""
 
@@ -93,19 +98,23 @@ def explore_epoch(
         )
         seen[problem.key] = Found(contents.position, problem, decisions)
 
+    more = MORE
+
     def whole() -> None:
+        nonlocal more
         judge(disk, report, lambda rule: rules[rule] >= ENOUGH)
-        if seen:
+        more -= bool(seen)
+        if more == 0:
             raise _Stop
 
     try:
         disk.explore(whole)
-        result.exhausted = True
+        result.exhausted = not seen  # with a finding, judging was cut short
     except _Stop:
         pass
     except BudgetSpent:
         result.unknown = "budget spent"
-    except Nondeterministic as error:
+    except (Nondeterministic, Unjudged) as error:
         result.unknown = str(error)
     result.checks = disk.checks
     result.found = list(seen.values())

@@ -24,8 +24,8 @@ SCHEMA = "powercut.finding/1"
 
 class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     """The atom at byte `offset` was left as the event numbered `event` left it (its index in the trace; -1: as it
-    was before the recording), one of `contents` distinct contents. `lost` says that writes in flight on it were
-    lost. `write` describes the event."""
+    was before the recording), one of `contents` distinct contents. `lost`: that is its durable content, and what was
+    in flight on it was lost. `write` describes the event."""
 
     offset: int
     event: int
@@ -35,7 +35,7 @@ class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """See the module. `seen` counts the states the search met that break this rule in this way."""
+    """See the module. `seen` counts the sectors or entries for which these decisions break this rule."""
 
     schema: str
     powercut: str
@@ -87,7 +87,7 @@ def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int) ->
 
 def _describe(trace: Trace, event: int) -> str:
     if event < 0:
-        return "before the recording"
+        return "what was there before the recording"
     about = trace.events[event]
     return f"{Kind(about['kind']).name.lower()} of {about['length']} bytes at {about['offset']:#x}"
 
@@ -102,7 +102,8 @@ def load(path: str) -> Finding:
         raise InputError(f"{path}: not a finding: {error}") from None
     if finding.schema != SCHEMA:
         raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {SCHEMA!r}")
-    return msgspec.structs.replace(finding, trace=os.path.join(os.path.dirname(path), finding.trace))
+    beside = os.path.normpath(os.path.join(os.path.dirname(path), finding.trace))
+    return msgspec.structs.replace(finding, trace=beside)
 
 
 def apply(finding: Finding, contents: Contents) -> None:

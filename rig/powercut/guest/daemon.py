@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from powercut.errors import EnvironmentFault
-from powercut.guest.nbd_client import NbdClient
+from powercut.guest.nbd_client import Client
 
 _PATIENCE = 20.0  # seconds until the daemon must serve, or must have ended
 
@@ -73,9 +73,9 @@ class Daemon:
             time.sleep(0.005)
         return self
 
-    def connect(self) -> NbdClient:
+    def connect(self) -> Client:
         """A client of the disk."""
-        return NbdClient(self._socket, "disk")
+        return Client(self._socket, "disk")
 
     def _end(self, *, kill: bool) -> str:
         assert self._process is not None

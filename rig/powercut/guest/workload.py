@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from powercut import stamp
+from powercut.guest.nbd_client import Client
 from powercut.trace import SECTOR, Kind, TraceWriter
 from quire.nbd import Command
 
@@ -33,26 +33,6 @@ class Operation:
     offset: int = 0
     length: int = 0
     unmap: bool = False
-
-
-class Client(Protocol):
-    """A disk that takes several requests at once (`powercut.guest.nbd_client`)."""
-
-    size: int
-
-    def submit(
-        self,
-        kind: Command,
-        offset: int = 0,
-        *,
-        length: int = 0,
-        data: bytes = b"",
-        fua: bool = False,
-        may_unmap: bool = False,
-        tag: object = None,
-    ) -> None: ...
-
-    def wait(self) -> tuple[object, int, object]: ...
 
 
 def draw(seed: int, operations: int, size: int, extra: Iterable[str] = ()) -> Iterator[Operation]:
@@ -138,20 +118,19 @@ class Workload:
         self._client.submit(
             _COMMANDS[kind],
             offset,
-            length=0 if data else length,
-            data=data,
+            length,
+            data,
             may_unmap=operation.unmap,
             tag=number,
         )
 
     def _wait(self) -> None:
-        tag, error, _ = self._client.wait()
-        assert isinstance(tag, int)
-        operation, position = self._pending.pop(tag)
+        number, error, _ = self._client.wait()
+        operation, position = self._pending.pop(number)
         if self._writer is not None:
             self._writer.complete(position, error)
         if error:
-            self.errors.append((tag, error))
+            self.errors.append((number, error))
         elif operation.kind is Kind.FLUSH:
             self._epoch += 1
 

@@ -83,7 +83,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
                 "rule": item.finding.rule,
                 "kind": item.finding.kind,
                 "text": item.finding.text,
-                "states": item.finding.seen,
+                "seen": item.finding.seen,
                 "position": item.finding.position,
                 "decisions": msgspec.to_builtins(item.finding.decisions),
                 "file": str(item.path),
@@ -114,16 +114,11 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     lines += [f"  because  {reason}" for reason in outcome.reasons]
     for item in saved:
         finding = item.finding
-        lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}"]
-        lines.append(f"    crash before position {finding.position:,} of the trace; {_states(finding)}")
+        also = f" (and {finding.seen - 1:,} more like it)" if finding.seen > 1 else ""
+        lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}{also}"]
+        lines.append(f"    crash before position {finding.position:,} of the trace, where")
         for decision in finding.decisions:
-            what = "lost here" if decision.lost else "survived "
-            kept = f"left as by the {decision.write}" if decision.lost else decision.write
-            lines.append(f"    {what}  byte {decision.offset:#x}: {kept}")
+            fate = "lost:     at" if decision.lost else "survived: at"
+            lines.append(f"    {fate} {decision.offset:#x} is {decision.write}")
         lines.append(f"    {item.replay}")
     return "\n".join(lines)
-
-
-def _states(finding: Finding) -> str:
-    decisions = count(len(finding.decisions), "decision")
-    return f"{decisions}; the search met this kind {count(finding.seen, 'time')}"

@@ -1,0 +1,190 @@
+"""qcow2 under the crash search: which rules a crash state breaks.
+
+What counts as broken, and who says so:
+
+    opens         QEMU would refuse to open the image (block/qcow2.c, qcow2_do_open), or it is marked corrupt.
+    structure     what `qemu-img check` counts as a corruption (block/qcow2-refcount.c): a cluster with more
+                  references than its refcount, a copied flag that contradicts the refcount, an entry that points
+                  nowhere. Leaks are legal after a crash (docs/interop/qcow2.txt: a refcount that is too high only
+                  wastes space). While the dirty bit is set, refcounts and copied flags are rebuilt at the next
+                  writable open, and are not judged (docs/interop/qcow2.txt, "incompatible_features", bit 0).
+    acknowledged  `powercut.oracles.acknowledged`.
+
+The structure is judged over sets of contents (`powercut.formats.qcow2.check`): one run stands for all contents of
+all L2 tables and refcount blocks. Whatever that makes suspicious is proven or dismissed by deciding just what the
+suspicion rests on and checking again. The guest's sectors are judged as sets too, and only those anew of which
+something changed since they were found legal: the L2 entry, the host sectors behind it, or the promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from powercut.crash.disk import CrashDisk
+from powercut.crash.explore import Report, Unjudged
+from powercut.disk import Disk
+from powercut.formats import Recording
+from powercut.formats.qcow2 import layout as q
+from powercut.formats.qcow2.check import Check, check
+from powercut.formats.qcow2.entries import I64, U64, Kind, host_offset, kind
+from powercut.formats.qcow2.header import Header
+from powercut.formats.reader import prove, suspects
+from powercut.oracles.acknowledged import unlawful_zeros
+from powercut.stamp import SECTOR
+from powercut.verdict import Problem
+
+_NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from the image
+_AT_ONCE = 1 << 20  # guest sectors judged at once: bounds the memory for the arrays
+
+
+class Qcow2:
+    """See the module."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._legal: tuple[U64, U64 | None] | None = None  # the entries with which guest clusters were found legal
+
+    @staticmethod
+    def host_size(size: int) -> int:
+        return size + size // 16 + (16 << 20)
+
+    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
+        result = check(disk)
+        for problem in result.problems:
+            if not problem.rests_on:
+                report(problem)
+        if result.header is None or result.active is None:
+            return
+        for problem in result.problems:
+            if problem.rests_on and not enough("structure"):
+                disk.explore(lambda problem=problem: _prove(disk, problem, report))  # type: ignore[misc]
+        if result.omitted and not enough("structure"):
+            raise Unjudged(f"{result.omitted} suspicions more than are looked at one by one")
+        if self._recording.promise is not None:
+            self._acknowledged(disk, result, report, enough)
+
+    def _acknowledged(self, disk: CrashDisk, result: Check, report: Report, enough: Callable[[str], bool]) -> None:
+        """Judge every guest sector of which something changed, and remember the entries that were found legal."""
+        header, mapping = result.header, result.mapping
+        assert header is not None
+        if header.data_file:
+            raise Unjudged("the guest's data is in an external data file, which was not recorded")
+        bad: list[I64] = []
+        guest = self._changed(header, mapping.entry, mapping.bitmap)
+        bitmap = None if mapping.bitmap is None else mapping.bitmap[guest]
+        bad += self._suspects(header, guest, mapping.entry[guest], bitmap)
+        others = mapping.others
+        bad += self._suspects(header, others.guest, others.entry, others.bitmap)
+        found = np.unique(np.concatenate(bad)) if bad else np.zeros(0, dtype=np.int64)
+
+        def locate(sector: int) -> tuple[Disk, int] | None:
+            return self._locate(disk, result, sector)
+
+        prove(self._recording, disk, found, locate, report, enough)
+        if not len(found):
+            self._legal = (mapping.entry, mapping.bitmap)
+            self._recording.image.touched.clear()
+            assert self._recording.promise is not None
+            self._recording.promise.tightened.clear()
+
+    def _changed(self, header: Header, entry: U64, bitmap: U64 | None) -> I64:
+        """The guest clusters that must be judged, given the first content of the mapping."""
+        recording = self._recording
+        assert recording.promise is not None
+        per_cluster = header.cluster_size // SECTOR
+        if self._legal is None:
+            changed = entry != 0
+        else:
+            changed = entry != self._legal[0]
+            if bitmap is not None and self._legal[1] is not None:
+                changed |= bitmap != self._legal[1]
+        for first, last in recording.promise.tightened:
+            changed[first // per_cluster : -(-last // per_cluster)] = True
+        if recording.image.touched:
+            host = np.zeros(-(-recording.image.sectors // per_cluster) + 1, dtype=np.bool_)
+            for first, last in recording.image.touched:
+                host[first // per_cluster : -(-last // per_cluster)] = True
+            cluster = host_offset(entry) >> header.cluster_bits
+            changed |= host[np.minimum(cluster, len(host) - 1)]
+        return np.flatnonzero(changed)
+
+    def _suspects(self, header: Header, guest: I64, entry: U64, bitmap: U64 | None) -> list[I64]:
+        """The sectors of these guest clusters that would read as something illegal with these entries."""
+        step = max(1, _AT_ONCE * SECTOR // header.cluster_size)
+        found = []
+        for begin in range(0, len(guest), step):
+            part = slice(begin, begin + step)
+            bits = None if bitmap is None else bitmap[part]
+            found += self._suspects_of(*self._sectors(header, guest[part], entry[part], bits))
+        return found
+
+    def _suspects_of(self, at: I64, host: I64) -> list[I64]:
+        recording = self._recording
+        promise, backing = recording.promise, recording.backing
+        assert promise is not None
+        inside = at < promise.size // SECTOR
+        at, host = at[inside], host[inside]
+        zero = host == _NOWHERE
+        behind = host == _BACKING
+        zero |= behind if backing is None else behind & (at >= backing.sectors)
+        found = [unlawful_zeros(promise, at[zero])]
+        if backing is not None and (behind & ~zero).any():
+            found.append(suspects(recording, backing, at[behind & ~zero], at[behind & ~zero]))
+        stored = host >= 0
+        found.append(suspects(recording, recording.image, at[stored], host[stored]))
+        return [sectors for sectors in found if len(sectors)]
+
+    def _sectors(self, header: Header, guest: I64, entry: U64, bitmap: U64 | None) -> tuple[I64, I64]:
+        """Every sector of guest clusters with these entries, and the host sector it is read from."""
+        per_cluster = header.cluster_size // SECTOR
+        kinds = kind(entry, header)
+        if (kinds == Kind.COMPRESSED).any():
+            raise Unjudged("the image has compressed clusters, whose content is not judged")
+        inner = np.arange(per_cluster)
+        at = guest[:, None] * per_cluster + inner
+        stored = (host_offset(entry) // SECTOR)[:, None] + inner
+        limit = self._recording.image.sectors  # what lies behind the end of the file reads as zeros
+        stored[stored >= limit] = _NOWHERE
+        if bitmap is None:
+            place = {Kind.NORMAL: 0, Kind.UNALLOCATED: _BACKING}
+            where = np.full(len(entry), _NOWHERE)
+            for what, value in place.items():
+                where[kinds == what] = value
+            host = np.where((where == 0)[:, None], stored, where[:, None])
+        else:
+            sub = (inner * 32 // per_cluster).astype(np.uint64)  # 32 subclusters: "Extended L2 Entries"
+            allocated = (bitmap[:, None] >> sub) & np.uint64(1) != 0
+            zeros = (bitmap[:, None] >> (sub + np.uint64(32))) & np.uint64(1) != 0
+            host = np.where(allocated, stored, np.where(zeros, _NOWHERE, _BACKING))
+        return at.reshape(-1), host.reshape(-1)
+
+    def _locate(self, disk: CrashDisk, result: Check, sector: int) -> tuple[Disk, int] | None:
+        """Where `sector` is read from, by deciding its L2 entry."""
+        header = result.header
+        assert header is not None
+        guest = np.array([sector * SECTOR >> header.cluster_bits])
+        slot = int(result.mapping.slot(guest)[0])
+        words = np.zeros(2, dtype=np.uint64)
+        if slot >= 0:
+            read = disk.read(slot, header.l2_entry_size).view(q.BE64)
+            words[: len(read)] = read
+        bitmap = words[1:] if header.extended_l2 else None
+        at, host = self._sectors(header, guest, words[:1], bitmap)
+        place = int(host[at == sector][0])
+        backing = self._recording.backing
+        if place == _BACKING and backing is not None and sector < backing.sectors:
+            return CrashDisk(backing), sector
+        return (disk, place) if place >= 0 else None
+
+
+def _prove(disk: CrashDisk, suspicion: Problem, report: Report) -> None:
+    """Decide what `suspicion` rests on, and check again, until it is a fact or gone."""
+    now: Problem | None = suspicion
+    while now is not None and now.rests_on:
+        for offset, length in now.rests_on:
+            disk.read(offset, length)
+        now = next((problem for problem in check(disk).problems if problem.key == suspicion.key), None)
+    if now is not None:
+        report(now)
