@@ -112,7 +112,11 @@ def quire_trespasses(graph: Graph) -> list[str]:
             if is_within(name, "quire") and is_within(target, "powercut"):
                 complaints.append(f"{name} imports {target}: the format imports nothing of the rig")
             if is_within(name, "powercut") and is_within(target, "quire"):
-                serves = target == "quire.nbd" and name.split(".")[1] in {"capture", "guest", "record"}
+                serves = target in {"quire.nbd", "quire.nbd_protocol"} and name.split(".")[1] in {
+                    "capture",
+                    "guest",
+                    "record",
+                }
                 if not is_within(name, "powercut.formats.quire") and not serves:
                     complaints.append(f"{name} imports {target}: only formats/quire.py does, and quire.nbd who serves")
     return complaints

@@ -22,7 +22,6 @@ answer. Any other exception is a bug: its request is answered with EIO, the firs
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import mmap
 import os
@@ -33,28 +32,24 @@ import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Final, Self
 
-Data: TypeAlias = bytes | bytearray | memoryview
-
-INIT_MAGIC: Final = b"NBDMAGIC"
-OPTION_MAGIC: Final = b"IHAVEOPT"
-OPTION_REPLY_MAGIC: Final = 0x3E889045565A9
-REQUEST_MAGIC: Final = 0x25609513
-SIMPLE_REPLY_MAGIC: Final = 0x67446698
-
-GREETING: Final = struct.Struct(">8s8sH")
-OPTION: Final = struct.Struct(">8sII")  # magic, option, length
-OPTION_REPLY: Final = struct.Struct(">QIII")  # magic, option, reply type, length
-EXPORT_INFO: Final = struct.Struct(">HQH")  # INFO_EXPORT: type, size, transmission flags
-BLOCK_SIZE_INFO: Final = struct.Struct(">HIII")  # INFO_BLOCK_SIZE: type, minimum, preferred, maximum
-REQUEST: Final = struct.Struct(">IHH8sQI")  # magic, flags, type, cookie, offset, length
-SIMPLE_REPLY: Final = struct.Struct(">II8s")  # magic, error, cookie
-
-FIXED_NEWSTYLE: Final = 1  # handshake flags, the same bits in both directions
-NO_ZEROES: Final = 2
-MAX_REQUEST: Final = 32 << 20  # the length every server and client should manage, says the protocol
-MAX_MINIMUM_BLOCK: Final = 65536
+from quire.nbd_handshake import Handshake, Unframeable
+from quire.nbd_protocol import (
+    MAX_MINIMUM_BLOCK,
+    MAX_REQUEST,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    Command,
+    CommandFlag,
+    Data,
+    Export,
+    Holder,
+    Observer,
+    Request,
+)
 
 PATIENCE: Final = 0.1
 BATCH: Final = 256  # two buffers each in one sendmsg: stays below IOV_MAX
@@ -62,52 +57,6 @@ BATCH_BYTES: Final = 64 << 20
 _BUFFER = 4 << 20
 _LARGE = 256 << 10  # a payload of this size that is still on its way is received straight into its own memory
 _REPLY_BYTES = 4 << 20  # replies to reads wait for each other up to here
-_MAX_OPTION = 64 << 10
-
-
-class Option(enum.IntEnum):
-    EXPORT_NAME = 1
-    ABORT = 2
-    LIST = 3
-    INFO = 6
-    GO = 7
-
-
-class OptionReply(enum.IntEnum):
-    ACK = 1
-    SERVER = 2
-    INFO = 3
-    ERR_UNSUP = 1 << 31 | 1
-    ERR_INVALID = 1 << 31 | 3
-
-
-class Info(enum.IntEnum):
-    EXPORT = 0
-    BLOCK_SIZE = 3
-
-
-class TransmissionFlag(enum.IntFlag):
-    HAS_FLAGS = 1
-    READ_ONLY = 2
-    SEND_FLUSH = 4
-    SEND_FUA = 8
-    SEND_TRIM = 32
-    SEND_WRITE_ZEROES = 64
-    CAN_MULTI_CONN = 256
-
-
-class Command(enum.IntEnum):
-    READ = 0
-    WRITE = 1
-    DISC = 2
-    FLUSH = 3
-    TRIM = 4
-    WRITE_ZEROES = 6
-
-
-class CommandFlag(enum.IntFlag):
-    FUA = 1
-    NO_HOLE = 2
 
 
 # Plain names: looking a member up in its class costs more than the rest of a request's checks.
@@ -130,111 +79,6 @@ _ERRNOS = {  # the errors that the protocol can carry; everything else is EIO
         errno.ESHUTDOWN,
     )
 } | {errno.EDQUOT: errno.ENOSPC, errno.EFBIG: errno.ENOSPC, errno.EROFS: errno.EPERM, errno.EACCES: errno.EPERM}
-
-
-class Export(Protocol):
-    """A disk. `size` is a multiple of `block_size`, which is a power of two up to 65536.
-
-    Ranges are never empty, within the disk, and multiples of `block_size`. Methods are called by the thread of
-    the connection, and by whoever calls `Request.finish`. The data of a write is valid until `write` returns.
-    Two attributes are optional and False where missing: `read_only`, and `multi_conn` (a flush on one
-    connection covers what was answered on another).
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def block_size(self) -> int: ...
-
-    def read(self, offset: int, length: int) -> Data: ...
-
-    def write(self, offset: int, data: Data, fua: bool) -> None: ...
-
-    def zero(self, offset: int, length: int, may_unmap: bool, fua: bool) -> None: ...
-
-    def discard(self, offset: int, length: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-
-class Request:
-    """One request of a client. `data` is what a write brings, valid until the request was finished.
-
-    `note` belongs to the observer: the position of the request in a trace, for instance.
-    """
-
-    __slots__ = (
-        "answer",
-        "connection",
-        "cookie",
-        "data",
-        "error",
-        "fua",
-        "kind",
-        "length",
-        "may_unmap",
-        "note",
-        "offset",
-    )
-
-    def __init__(
-        self,
-        connection: Connection,
-        cookie: bytes,
-        kind: Command,
-        offset: int,
-        length: int,
-        data: Data,
-        fua: bool,
-        may_unmap: bool,
-    ) -> None:
-        self.connection = connection
-        self.cookie = cookie
-        self.kind = kind
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.fua = fua
-        self.may_unmap = may_unmap
-        self.note: Any = None
-        self.error = 0
-        self.answer: Data = b""
-
-    def finish(self) -> None:
-        """Execute a held request and answer it: once, from any thread. After the server stopped it is still
-        executed, and the answer goes nowhere."""
-        self.connection.finish(self)
-
-    def __repr__(self) -> str:
-        return f"Request({self.kind.name}, offset={self.offset}, length={self.length}, fua={self.fua})"
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """What an export may implement besides, to see when requests begin and end.
-
-    Both are called once for each valid request, reads included. An OSError from either becomes the request's
-    answer; a request that `received` refused is neither executed nor finished.
-    """
-
-    def received(self, request: Request) -> None:
-        """The request was issued: called by the thread of its connection when it was read."""
-
-    def finishing(self, request: Request, error_number: int) -> None:
-        """The request was executed (0, or an errno of the protocol), and its reply is about to be sent."""
-
-
-@runtime_checkable
-class Holder(Observer, Protocol):
-    """An observer that may keep requests from being executed. Their data is copied, so they may wait."""
-
-    def held(self, request: Request) -> bool:
-        """Asked after the batch was read and before the request is executed. True: it waits for `finish`."""
-
-
-class _Unframeable(Exception):
-    """The client sent what this server cannot find the end of, or hung up."""
 
 
 class Connection:
@@ -267,10 +111,10 @@ class Connection:
 
     def _serve(self) -> None:
         try:
-            if self._negotiate():
+            if Handshake(self._socket, self._export).negotiate():
                 while not self._ended:
                     self._execute(self._read_batch())
-        except (_Unframeable, OSError):  # hung up, hostile or half dead: the connection is all it loses
+        except (Unframeable, OSError):  # hung up, hostile or half dead: the connection is all it loses
             pass
         except Exception as error:
             self._server.failed(error)
@@ -289,72 +133,6 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
         self._server.forget(self)
-
-    # ---- negotiation
-
-    def _exactly(self, length: int) -> bytes:
-        received = self._socket.recv(length, socket.MSG_WAITALL)
-        if len(received) != length:
-            raise _Unframeable
-        return received
-
-    def _negotiate(self) -> bool:
-        """Haggle until the client has chosen the export (True) or leaves (False)."""
-        self._socket.sendall(GREETING.pack(INIT_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE | NO_ZEROES))
-        client = int.from_bytes(self._exactly(4), "big")
-        if client & ~(FIXED_NEWSTYLE | NO_ZEROES):
-            raise _Unframeable
-        while True:
-            magic, option, length = OPTION.unpack(self._exactly(OPTION.size))
-            if magic != OPTION_MAGIC or length > _MAX_OPTION:
-                raise _Unframeable
-            data = self._exactly(length) if length else b""
-            if option == Option.EXPORT_NAME:
-                zeroes = b"" if client & NO_ZEROES else bytes(124)
-                self._socket.sendall(EXPORT_INFO.pack(0, self._size, self._flags())[2:] + zeroes)
-                return True
-            if option == Option.ABORT:
-                with contextlib.suppress(OSError):  # the client need not wait for it
-                    self._answer(option, OptionReply.ACK)
-                return False
-            if option in (Option.INFO, Option.GO):
-                if self._inform(option, data) and option == Option.GO:
-                    return True
-            elif option == Option.LIST:
-                if length:
-                    self._answer(option, OptionReply.ERR_INVALID)
-                else:
-                    self._answer(option, OptionReply.SERVER, bytes(4))  # one export, its name is empty
-                    self._answer(option, OptionReply.ACK)
-            else:
-                self._answer(option, OptionReply.ERR_UNSUP)
-
-    def _answer(self, option: int, reply: OptionReply, data: bytes = b"") -> None:
-        self._socket.sendall(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data)
-
-    def _inform(self, option: int, data: bytes) -> bool:
-        """Answer INFO and GO: a name (any will do), then the list of what the client wants to know."""
-        name = int.from_bytes(data[:4], "big")
-        count = int.from_bytes(data[4 + name : 6 + name], "big")
-        if len(data) != 6 + name + 2 * count:
-            self._answer(option, OptionReply.ERR_INVALID)
-            return False
-        self._answer(option, OptionReply.INFO, EXPORT_INFO.pack(Info.EXPORT, self._size, self._flags()))
-        if Info.BLOCK_SIZE in struct.unpack_from(f">{count}H", data, 6 + name):
-            minimum = self._export.block_size
-            sizes = BLOCK_SIZE_INFO.pack(Info.BLOCK_SIZE, minimum, max(minimum, 4096), MAX_REQUEST)
-            self._answer(option, OptionReply.INFO, sizes)
-        self._answer(option, OptionReply.ACK)
-        return True
-
-    def _flags(self) -> TransmissionFlag:
-        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
-        flags |= TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES
-        if self._read_only:
-            flags |= TransmissionFlag.READ_ONLY
-        if getattr(self._export, "multi_conn", False):
-            flags |= TransmissionFlag.CAN_MULTI_CONN
-        return flags
 
     # ---- reading
 

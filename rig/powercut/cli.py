@@ -77,8 +77,12 @@ def _options(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--size", default="256M", show_default=True, help="Size of the guest's disk.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--backing", metavar="SIZE", help="Put the image on a raw backing file of this size.")
-@click.option("--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control).")
-@click.option("--via", type=click.Choice(["nbd", "blklogwrites"]), default="nbd", show_default=True, help="What records.")
+@click.option(
+    "--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control)."
+)
+@click.option(
+    "--via", type=click.Choice(["nbd", "blklogwrites"]), default="nbd", show_default=True, help="What records."
+)
 @click.option("--no-flush", is_flag=True, help="cache.no-flush=on on every node (a control; blklogwrites only).")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The trace to write.")
 @JSON
@@ -170,9 +174,21 @@ def show(trace: str, events: bool, json_path: str | None) -> None:
 @main.command()
 @click.argument("trace")
 @click.option("--format", "format_name", help="The image's format.  [default: what the trace says]")
-@click.option("--atom", type=click.Choice(["512", "4096"]), default="512", show_default=True, help="Bytes the disk writes in one piece.")
+@click.option(
+    "--atom",
+    type=click.Choice(["512", "4096"]),
+    default="512",
+    show_default=True,
+    help="Bytes the disk writes in one piece.",
+)
 @click.option("--budget", type=click.IntRange(1), help="At most this many checks.  [default: until exhausted]")
-@click.option("--rule", "rules", type=click.Choice(["opens", "structure", "acknowledged"]), multiple=True, help="Judge only this rule (opens is always judged).  [default: all]")
+@click.option(
+    "--rule",
+    "rules",
+    type=click.Choice(["opens", "structure", "acknowledged"]),
+    multiple=True,
+    help="Judge only this rule (opens is always judged).  [default: all]",
+)
 @JOBS
 @SAVE
 @JSON
@@ -229,10 +245,10 @@ def replay(finding: str, out: str, trace_path: str | None, json_path: str | None
 @JSON
 def check(image: str, format_name: str | None, json_path: str | None) -> None:
     """Check an ordinary IMAGE: exit 0 clean or leaks only, 1 damaged, 2 not an image."""
-    from powercut import inspect
+    from powercut import inspection
     from powercut.report import document
 
-    result = inspect.inspect(image, format_name)
+    result = inspection.inspect(image, format_name)
     if json_path != "-":
         click.echo(result.text)
     document.write(result.document, json_path)
@@ -242,7 +258,14 @@ def check(image: str, format_name: str | None, json_path: str | None) -> None:
 @main.command()
 @click.argument("scenarios", nargs=-1, type=click.Path(path_type=Path))
 @JOBS
-@click.option("--save", type=click.Path(path_type=Path), default=Path("powercut-gate"), show_default=True, metavar="DIR", help="Where traces and findings of unexpected results are kept.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    default=Path("powercut-gate"),
+    show_default=True,
+    metavar="DIR",
+    help="Where traces and findings of unexpected results are kept.",
+)
 @JSON
 def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, json_path: str | None) -> None:
     """Run SCENARIOS (files or folders; default: scenarios/) and compare with what they expect.

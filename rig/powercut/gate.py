@@ -67,7 +67,9 @@ def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool 
         click.echo(f"powercut: {fault}; scenarios that record are skipped", err=True)
     results = []
     if not quiet:
-        click.echo(f"{'scenario':{width}}  {'expect':7} {'result':7} {'epochs':>6} {'states':>10} {'checks':>7} {'time':>7}")
+        click.echo(
+            f"{'scenario':{width}}  {'expect':7} {'result':7} {'epochs':>6} {'states':>10} {'checks':>7} {'time':>7}"
+        )
     for file, scenario in scenarios:
         begin = time.monotonic()
         if qemu is None and scenario.trace is None:
@@ -124,7 +126,9 @@ def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:
 def _line(result: Result, width: int) -> str:
     coverage = result.outcome.coverage if result.outcome else None
     got = str(result.outcome.verdict) if result.outcome else result.state
-    numbers = f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}" if coverage else " " * 25
+    numbers = (
+        f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}" if coverage else " " * 25
+    )
     line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers} {result.seconds:>5.1f} s"
     if result.state != "expected":
         line += f"  {result.state.upper()}"
@@ -137,8 +141,13 @@ def _line(result: Result, width: int) -> str:
 
 def summary(results: list[Result], qemu: str | None) -> str:
     """The closing line."""
-    counts = {state: sum(result.state == state for result in results) for state in ("expected", "unexpected", "unknown", "skipped")}
-    said = ", ".join(f"{number} {'as expected' if state == 'expected' else state}" for state, number in counts.items() if number)
+    counts = {
+        state: sum(result.state == state for result in results)
+        for state in ("expected", "unexpected", "unknown", "skipped")
+    }
+    said = ", ".join(
+        f"{number} {'as expected' if state == 'expected' else state}" for state, number in counts.items() if number
+    )
     return f"{len(results)} scenarios: {said} (QEMU {qemu or 'not found'})"
 
 

@@ -1,6 +1,6 @@
 """From a scenario to a trace: a real QEMU's format driver writes an image, and everything it asks for is recorded.
 
-    our client -> qemu-storage-daemon (the format driver) -> recording NBD server, or blklogwrites
+our client -> qemu-storage-daemon (the format driver) -> recording NBD server, or blklogwrites
 """
 
 from __future__ import annotations
@@ -203,13 +203,17 @@ def import_trace(log: str, base: str, out: Path, format: str) -> int:
     highest = max((entry.offset + entry.length for entry in opened), default=0)
     partial = out.with_name(out.name + ".partial")
     try:
-        meta = {"powercut": __version__, "recorder": "dm-log-writes", "scope": "completion-order", "format": format}
+        meta = {
+            "powercut": __version__,
+            "recorder": "dm-log-writes",
+            "scope": "completion-order",
+            "format": format,
+            "truncated": opened.truncated,
+        }
         with TraceWriter(partial, meta) as writer:
             image = writer.file(os.path.basename(base), max(os.path.getsize(base), highest), "image")
             writer.base_file(image, base)
             count = import_log(opened, writer, image, 0)
-            if opened.truncated:
-                writer.mark("truncated", reason=opened.truncated)
         shutil.move(partial, out)
     finally:
         partial.unlink(missing_ok=True)

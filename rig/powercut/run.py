@@ -109,7 +109,9 @@ def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
     return list(_session.explore(tasks))
 
 
-def _explore_all(plan: Plan, trace: Trace, tasks: list[Task], pool: Executor | None, done: Progress) -> list[EpochResult]:
+def _explore_all(
+    plan: Plan, trace: Trace, tasks: list[Task], pool: Executor | None, done: Progress
+) -> list[EpochResult]:
     results: list[EpochResult] = []
     if pool is None:
         for result in Session(plan, trace).explore(tasks):
@@ -187,8 +189,7 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
         exhausted=all(result.exhausted for result in results),
     )
     reasons = sorted({result.unknown for result in results if result.unknown})
-    if trace.truncated:
-        reasons.append(trace.truncated)
+    reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]
     if "acknowledged" in plan.rules and trace.file("guest") is None:
         reasons.append("rule acknowledged cannot be judged: the trace says nothing of what the guest wrote and flushed")
     found = [item for result in results for item in result.found]

@@ -105,14 +105,14 @@ def load(path: Path) -> Scenario:
             line = _line(text, f"at `$.{key}`")
             raise InputError(f"{path}{line}: {key}: {value!r} is not a positive multiple of 512 bytes")
     if scenario.expect == "HOLDS" and (scenario.rule or scenario.qemu):
-        raise InputError(f"{path}{_line(text, 'at `$.expect`')}: rule and qemu go with expect = \"BROKEN\"")
+        raise InputError(f'{path}{_line(text, "at `$.expect`")}: rule and qemu go with expect = "BROKEN"')
     if scenario.record.no_flush and scenario.record.via != "blklogwrites":
         raise InputError(f"{path}{_line(text, 'at `$.record.no_flush`')}: no_flush does nothing over nbd")
     return msgspec.structs.replace(scenario, name=path.stem)
 
 
 def _line(text: str, error: str) -> str:
-    """":12" if the key that a msgspec error speaks of stands on line 12."""
+    """ ":12" if the key that a msgspec error speaks of stands on line 12."""
     import tomlkit  # only errors pay for it
 
     where = re.search(r"at `\$\.?([^`]*)`", error)

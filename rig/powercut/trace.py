@@ -312,7 +312,9 @@ class Trace:
                 after = begin + stored + -(begin + stored) % RECORD.itemsize
                 row = begin // SECTOR - 1
                 if after > size:
-                    self.truncated = f"{self.path}: ends within the payload of the record at byte {place}; read up to there"
+                    self.truncated = (
+                        f"{self.path}: ends within the payload of the record at byte {place}; read up to there"
+                    )
                     break
                 self._payloads.append((begin, stored, digest))
             if kind < Kind.COMPLETE:
@@ -348,7 +350,9 @@ class Trace:
         view = memoryview(self._map)
         for begin, stored, digest in self._payloads:
             if xxhash.xxh3_64_intdigest(view[begin : begin + stored]) != digest:
-                raise InputError(f"{self.path}: damaged payload at byte {begin} ({stored} bytes): digest does not match")
+                raise InputError(
+                    f"{self.path}: damaged payload at byte {begin} ({stored} bytes): digest does not match"
+                )
 
     def payload(self, event: np.void) -> memoryview:
         """The bytes of a write event."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.histories import SECTOR, SECTORS, states, steps, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from powercut.crash.model import epochs
 from powercut.errors import Nondeterministic
 from powercut.trace import Trace
 from powercut.verdict import Problem, Severity
+from support.histories import SECTOR, SECTORS, states, steps, write
 
 
 def open_contents(path: Path) -> tuple[Trace, Contents]:
@@ -113,7 +113,11 @@ def test_parts_cover_what_the_whole_covers(plan):
                 disk.explore(lambda first=first: part(first))
 
         disk.explore(whole)
-        wanted = {(first, state[first * SECTOR : (first + 2) * SECTOR]) for state in states(events, trace.length) for first in (0, 1, 2)}
+        wanted = {
+            (first, state[first * SECTOR : (first + 2) * SECTOR])
+            for state in states(events, trace.length)
+            for first in (0, 1, 2)
+        }
         assert seen == wanted
         assert not disk.path
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quire import nbd
-from quire.nbd import Command, Data, Option, OptionReply, Request, Server
+from quire import nbd_protocol as nbd
+from quire.nbd import Server
+from quire.nbd_protocol import Command, Data, Option, OptionReply, Request
 
 SIZE = 16 << 20
 

@@ -16,8 +16,9 @@ import pytest
 
 from powercut.errors import EnvironmentFault
 from powercut.guest.nbd_client import Client
-from quire import nbd
-from quire.nbd import Command, Data, Server, TransmissionFlag
+from quire import nbd_protocol as nbd
+from quire.nbd import Server
+from quire.nbd_protocol import Command, Data, TransmissionFlag
 
 SIZE = 64 << 20
 

@@ -73,7 +73,9 @@ class Log:
         elif magic != MAGIC or version != VERSION:
             raise InputError(f"{self.path}: not a dm-log-writes file: magic {magic:#x}, version {version}, at byte 0")
         if self.sector < SECTOR or self.sector & (self.sector - 1) or self.sector > 1 << 16:
-            raise InputError(f"{self.path}: sector size {self.sector} at byte 24 is not a power of two from 512 to 65536")
+            raise InputError(
+                f"{self.path}: sector size {self.sector} at byte 24 is not a power of two from 512 to 65536"
+            )
 
     def __iter__(self) -> Iterator[Entry]:
         view, place, size = memoryview(self._map), self.sector, self.sector

@@ -11,7 +11,7 @@ import mmap
 import os
 
 from powercut.trace import SECTOR, Flag, Kind, TraceWriter
-from quire.nbd import Command, Data, Request
+from quire.nbd_protocol import Command, Data, Request
 
 _KINDS = {
     Command.WRITE: Kind.WRITE,
@@ -55,9 +55,7 @@ class RecordingExport:
         elif self._flush_flags:
             flags &= ~Flag.FUA  # FUA is a flush of one write: a liar lies about both
         data = request.data if kind is Kind.WRITE else None
-        request.note = self._writer.issue(
-            kind, self._file, request.offset, request.length, data=data, flags=int(flags)
-        )
+        request.note = self._writer.issue(kind, self._file, request.offset, request.length, data=data, flags=int(flags))
 
     def finishing(self, request: Request, error_number: int) -> None:
         if request.note is not None:

@@ -93,9 +93,7 @@ def explore_epoch(
             return
         rules[problem.rule] += 1
         size = contents.atom
-        decisions = tuple(
-            Chosen(d.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in disk.path
-        )
+        decisions = tuple(Chosen(d.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in disk.path)
         seen[problem.key] = Found(contents.position, problem, decisions)
 
     more = MORE

@@ -111,7 +111,9 @@ def apply(finding: Finding, contents: Contents) -> None:
     Raises InputError if the decisions do not fit."""
     trace = contents.trace
     if trace.hash != finding.trace_hash:
-        raise InputError(f"{trace.path}: another trace than the finding's (hash {trace.hash}, not {finding.trace_hash})")
+        raise InputError(
+            f"{trace.path}: another trace than the finding's (hash {trace.hash}, not {finding.trace_hash})"
+        )
     flight = contents.in_flight_atoms()
     for decided in finding.decisions:
         atom, rest = divmod(decided.offset, finding.atom)
@@ -119,7 +121,9 @@ def apply(finding: Finding, contents: Contents) -> None:
             continue
         hits = np.flatnonzero((flight.atom == atom) & (flight.event == decided.event))
         if rest or not len(hits):
-            raise InputError(f"the finding decides byte {decided.offset} for event {decided.event}: not in flight there")
+            raise InputError(
+                f"the finding decides byte {decided.offset} for event {decided.event}: not in flight there"
+            )
         contents.rows[atom * contents.per_atom : (atom + 1) * contents.per_atom] = flight.rows[hits[0]]
     contents.settle_all()
 

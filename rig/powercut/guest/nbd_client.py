@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from powercut.errors import EnvironmentFault
-from quire import nbd
-from quire.nbd import Command, CommandFlag, Data, Info, Option, OptionReply, TransmissionFlag
+from quire import nbd_protocol as nbd
+from quire.nbd_protocol import Command, CommandFlag, Data, Info, Option, OptionReply, TransmissionFlag
 
 _BUFFER = 256 << 10
 _COOKIE = struct.Struct(">Q")

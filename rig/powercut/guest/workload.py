@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from powercut import stamp
 from powercut.guest.nbd_client import Client
 from powercut.trace import SECTOR, Kind, TraceWriter
-from quire.nbd import Command
+from quire.nbd_protocol import Command
 
 MIB = 1 << 20
 KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH}
@@ -100,8 +100,7 @@ class Workload:
     def _conflicts(self, operation: Operation) -> bool:
         end = operation.offset + operation.length
         return any(
-            other.offset < end and operation.offset < other.offset + other.length
-            for other, _ in self._pending.values()
+            other.offset < end and operation.offset < other.offset + other.length for other, _ in self._pending.values()
         )
 
     def _submit(self, operation: Operation) -> None:

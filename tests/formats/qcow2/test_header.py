@@ -63,11 +63,11 @@ def test_plain_header() -> None:
     assert (header.version, header.size, header.cluster_size) == (3, 1 << 20, 4096)
     assert (header.l2_entries, header.l2_entry_size, header.guest_clusters) == (512, 8, 256)
     assert (header.refcount_bits, header.refcount_max, header.refcounts_per_block) == (16, 65535, 2048)
-    assert not (header.dirty or header.corrupt or header.data_file or header.extended_l2)
+    assert not any((header.dirty, header.corrupt, header.data_file, header.extended_l2))
 
 
 def test_version_2_has_no_feature_bits() -> None:
-    header = header_of(build(version=2, incompatible_features=(1 << 64) - 1, refcount_order=99, header_length=0))
+    header = header_of(build(version=2, autoclear_features=(1 << 64) - 1, refcount_order=99, header_length=0))
     assert (header.incompatible, header.autoclear, header.refcount_order, header.header_length) == (0, 0, 4, 72)
 
 

@@ -28,7 +28,7 @@ from powercut.formats.qcow2.header import Header, read_header
 from powercut.formats.qcow2.mapping import Mapping
 from powercut.formats.qcow2.spine import L1, Overlapping, l2_places, read_spine
 from powercut.formats.qcow2.tables import Group, read_groups
-from powercut.verdict import Problem
+from powercut.verdict import Problem, Severity
 
 
 @dataclass
@@ -98,7 +98,9 @@ def check(disk: Disk, *, trust_dirty: bool = False) -> Check:
         decided = compare.compare(disk, spine, places, weight, groups, found, quiet)
     except Overlapping:
         found.aborted = "the tables overlap"
-        found.corrupt("overlapping-tables", 0, "tables overlap: together they are larger than the file")
+        found.corruptions += 1
+        text = "the tables overlap: together they are larger than the file"
+        found.add(Problem("structure", "overlapping-tables", 0, Severity.CORRUPT, text), always=True)
         return _result(found, header, True, True)
     return _result(found, header, True, decided, spine.tables[0], groups)
 

@@ -95,8 +95,30 @@ DEFECTS = {
 }
 
 
+def plain_clusters(entry: U64, bitmap: U64 | None, header: Header, length: int) -> I64 | None:
+    """The cluster of each entry, 0 for unallocated ones; None unless all are free of defects and not compressed.
+
+    One OR over all words tells whether a bit is set that a plain entry does not have.
+    """
+    odd = q.COMPRESSED | q.L2_STANDARD_RESERVED | (q.OFFSET_MASK & (header.cluster_size - 1))
+    if header.version < 3:
+        odd |= q.ZERO
+    if header.data_file or not entry.size or int(np.bitwise_or.reduce(entry, axis=None)) & odd:
+        return None
+    clusters = ((entry & q.OFFSET_MASK) >> header.cluster_bits).view(np.int64)
+    if int(clusters.max()) << header.cluster_bits >= length:
+        return None
+    if bitmap is not None:
+        if (bitmap >> 32 & bitmap).any() or ((clusters == 0) & (bitmap & q.SUB_ALLOCATED != 0)).any():
+            return None
+    return clusters
+
+
 def examine(entry: U64, bitmap: U64 | None, header: Header, length: int) -> Examined:
     """Take entries apart. `length` is that of the file, in bytes."""
+    clusters = plain_clusters(entry, bitmap, header, length)
+    if clusters is not None:
+        return Examined([], clusters != 0, clusters != 0, clusters, clusters)
     cluster = header.cluster_size
     kinds = kind(entry, header)
     compressed = kinds == Kind.COMPRESSED

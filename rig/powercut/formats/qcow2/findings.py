@@ -27,13 +27,13 @@ class Findings:
     check_errors: int = 0
     aborted: str = ""  # why QEMU's checker gives up, and the counts say nothing
 
-    def add(self, problem: Problem) -> None:
+    def add(self, problem: Problem, *, always: bool = False) -> None:
         """Two findings with one key (one entry, two bad values) are one problem that rests on both."""
         known = self.problems.get(problem.key)
         if known is not None:
             rests = problem.rests_on and known.rests_on and known.rests_on + problem.rests_on
             problem = dataclasses.replace(known, rests_on=tuple(sorted(set(rests))))
-        elif len(self.problems) >= LIMIT:
+        elif len(self.problems) >= LIMIT and not always:
             self.omitted += 1
             return
         self.problems[problem.key] = problem
@@ -58,4 +58,4 @@ class Findings:
             self.add(Problem("structure", kind, where, Severity.CORRUPT, text(position), rests_on(position)))
 
     def unopenable(self, kind: str, where: int, text: str) -> None:
-        self.add(Problem("opens", kind, where, Severity.UNOPENABLE, text))
+        self.add(Problem("opens", kind, where, Severity.UNOPENABLE, text), always=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from powercut.formats.qcow2 import layout as q
-from powercut.formats.qcow2.entries import DEFECTS, I64, U64, UNCOUNTED, Bools, Examined, examine
+from powercut.formats.qcow2.entries import DEFECTS, I64, U64, UNCOUNTED, Bools, Examined, examine, plain_clusters
 from powercut.formats.qcow2.findings import Findings, Ranges
 from powercut.formats.qcow2.header import Header
 from powercut.formats.qcow2.tables import Group
@@ -48,7 +48,7 @@ class Part:
 
 
 def examine_group(group: Group, header: Header, length: int) -> Part:
-    plain = _plain(group, header, length)
+    plain = plain_clusters(group.entry, group.bitmap, header, length)
     bitmap = None if group.bitmap is None else group.bitmap.reshape(-1)
     flat = group.entry.reshape(-1)
     examined = None if plain is not None else examine(flat, bitmap, header, length)
@@ -60,26 +60,10 @@ def examine_group(group: Group, header: Header, length: int) -> Part:
     at_first = examine(flat[undecided], None if bitmap is None else bitmap[undecided], header, length)
     stride = -(-length // header.cluster_size) + 1  # an unaligned entry may reach one cluster further
     first_pairs = _pairs(at_first, undecided, stride)
-    pairs = np.unique(np.concatenate([first_pairs, _pairs(other, alternates.slot, stride)]))
-    extra = np.isin(pairs, first_pairs, invert=True)
+    both = np.concatenate([first_pairs, _pairs(other, alternates.slot, stride)])
+    pairs, earliest = np.unique(both, return_index=True)
+    extra = earliest >= len(first_pairs)
     return Part(group, plain, examined, other, undecided, pairs // stride, pairs % stride, extra)
-
-
-def _plain(group: Group, header: Header, length: int) -> I64 | None:
-    odd = q.COMPRESSED | q.L2_STANDARD_RESERVED | (q.OFFSET_MASK & (header.cluster_size - 1))
-    if header.version < 3:
-        odd |= q.ZERO
-    entry = group.entry
-    if header.data_file or int(np.bitwise_or.reduce(entry, axis=None)) & odd:
-        return None
-    clusters = ((entry & q.OFFSET_MASK) >> header.cluster_bits).view(np.int64)
-    if int(clusters.max()) << header.cluster_bits >= length:
-        return None
-    if group.bitmap is not None:
-        bitmap = group.bitmap
-        if (bitmap >> 32 & bitmap).any() or ((clusters == 0) & (bitmap & q.SUB_ALLOCATED != 0)).any():
-            return None
-    return clusters
 
 
 def _pairs(examined: Examined, slot: I64, stride: int) -> I64:

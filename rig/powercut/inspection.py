@@ -1,0 +1,90 @@
+"""`powercut check IMAGE`: a format's checker on an ordinary image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from powercut.disk import ImageDisk
+from powercut.errors import InputError
+from powercut.formats.qcow2.check import Check, check
+from powercut.report.text import count
+
+SCHEMA = "powercut.check/1"
+_SHOWN = 20  # problems in the text; the JSON document has all that the checker lists
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a check says. `exit_code`: 0 clean or leaks only, 1 damaged, 2 not an image of a known format."""
+
+    exit_code: int
+    text: str
+    document: dict[str, Any]
+
+
+def inspect(path: str, format: str | None) -> Inspection:
+    """Check the image at `path`. `format` says what it is known to be; else its magic tells, or its name's ending.
+
+    Raises InputError if it cannot be read, or is of no known format.
+    """
+    if format not in (None, "qcow2"):
+        raise InputError(f"{path}: format {format!r} has no checker; qcow2 has")
+    disk = ImageDisk(path)
+    result = check(disk, trust_dirty=True)
+    if not result.is_qcow2 and format is None and Path(path).suffix.lower() != ".qcow2":
+        raise InputError(f"{path}: not an image of a known format: begins with {disk.read(0, 16).tobytes()!r}")
+    damaged = bool(result.problems or result.corruptions or result.check_errors or result.aborted)
+    return Inspection(int(damaged), _text(path, result), _document(path, result, damaged))
+
+
+def _word(result: Check) -> str:
+    if not result.is_qcow2:
+        return "DAMAGED: the header is gone"
+    if result.header is None:
+        return "DAMAGED: cannot be opened"
+    if result.corruptions or result.problems or result.check_errors or result.aborted:
+        return "DAMAGED"
+    return "clean, but for leaks" if result.leaks else "clean"
+
+
+def _text(path: str, result: Check) -> str:
+    lines = [f"{path}: qcow2, {_word(result)}"]
+    if result.header is not None:
+        header = result.header
+        lines.append(
+            f"  version {header.version}, {header.size:,} bytes, clusters of {header.cluster_size:,}, "
+            f"{count(header.nb_snapshots, 'snapshot')}"
+        )
+        lines.append(
+            f"  {count(result.corruptions, 'corruption')}, {count(result.leaks, 'leaked cluster')}, "
+            f"{count(result.check_errors, 'error')} of the check itself"
+        )
+        if result.dirty:
+            lines.append("  the dirty bit is set: refcounts are rebuilt at the next writable open")
+    lines += [f"  {problem.text}" for problem in result.problems[:_SHOWN]]
+    more = len(result.problems) + result.omitted - _SHOWN
+    if more > 0:
+        lines.append(f"  and {count(more, 'more problem')}")
+    return "\n".join(lines)
+
+
+def _document(path: str, result: Check, damaged: bool) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "image": path,
+        "format": "qcow2",
+        "damaged": damaged,
+        "summary": _word(result),
+        "corruptions": result.corruptions,
+        "leaks": result.leaks,
+        "check_errors": result.check_errors,
+        "aborted": result.aborted or None,
+        "dirty": result.dirty,
+        "problems": [
+            {"rule": p.rule, "kind": p.kind, "where": p.where, "severity": p.severity.label, "text": p.text}
+            for p in result.problems
+        ],
+        "omitted": result.omitted,
+    }
