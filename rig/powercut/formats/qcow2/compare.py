@@ -33,7 +33,8 @@ class Comparison:
     refcounts: Refcounts
     first: I64  # references to each cluster, in one content
     upper: I64  # at most, in any; the same object when nothing adds to it
-    clusters: int  # of the file, and the one behind it when an unaligned entry reaches there
+    clusters: int  # of the file, and the one behind it when an unaligned entry may reach there
+    longer: bool  # whether that is so
     found: Findings
     quiet: bool  # refcounts and copied flags are counted, and are no problems
 
@@ -88,8 +89,8 @@ def compare(
         if part.extra.any():
             upper = upper + references.count_extra(part, size)
 
-    clusters = in_file + int(size > in_file and upper[in_file] > 0)
-    comparison = Comparison(header, spine, parts, refcounts, first, upper, clusters, found, quiet)
+    longer = size > in_file and bool(upper[in_file] > 0)
+    comparison = Comparison(header, spine, parts, refcounts, first, upper, in_file + longer, longer, found, quiet)
     _refcount_blocks(comparison, blocks)
     _compare(comparison)
     _copied_l1(comparison)
@@ -121,6 +122,7 @@ def _refcount_blocks(c: Comparison, index: I64) -> None:
                 lambda i, v=values, t=text: f"refcount table entry {v[i]:#x}: {t}",  # type: ignore[misc]
             )
     good = ~(reserved | unaligned | outside)
+    _maybe_outside(c, where[good], offset[good] >> header.cluster_bits)
     if not good.all():
         _unreadable(c, index, offset)
     cluster, where = (offset[good] >> header.cluster_bits).view(np.int64), where[good]
@@ -143,6 +145,18 @@ def _refcount_blocks(c: Comparison, index: I64) -> None:
     np.add.at(c.first, cluster, 1)
     if c.upper is not c.first:
         np.add.at(c.upper, cluster, 1)
+
+
+def _maybe_outside(c: Comparison, where: I64, cluster: U64) -> None:
+    """A block right behind the file is inside only while an unaligned entry, maybe an undecided one, reaches there."""
+    behind = np.flatnonzero(cluster == c.clusters - 1) if c.longer else ()
+    if not len(behind):
+        return
+    ranges = c.rests_on(c.clusters - 1)
+    if ranges:
+        c.found.corruptions += len(behind)
+        text = "refcount table entry: the refcount block is outside the image"
+        c.found.corrupt_many("refblock-outside", where[behind].tolist(), lambda _: text, lambda _: ranges)
 
 
 def _unreadable(c: Comparison, index: I64, offset: U64) -> None:

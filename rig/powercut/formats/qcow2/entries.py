@@ -108,10 +108,10 @@ def plain_clusters(entry: U64, bitmap: U64 | None, header: Header, length: int) 
     clusters = ((entry & q.OFFSET_MASK) >> header.cluster_bits).view(np.int64)
     if int(clusters.max()) << header.cluster_bits >= length:
         return None
-    if bitmap is not None:
-        if (bitmap >> 32 & bitmap).any() or ((clusters == 0) & (bitmap & q.SUB_ALLOCATED != 0)).any():
-            return None
-    return clusters
+    if bitmap is None:
+        return clusters
+    broken = (bitmap >> 32 & bitmap).any() or ((clusters == 0) & (bitmap & q.SUB_ALLOCATED != 0)).any()
+    return None if broken else clusters
 
 
 def examine(entry: U64, bitmap: U64 | None, header: Header, length: int) -> Examined:

@@ -4,8 +4,8 @@ An undecided slot refers, in one state, to the clusters of one of its values. Th
 its clusters once; distinct pairs (slot, cluster) make it so. A table that several L1 entries refer to counts
 as often.
 
-Most tables hold nothing but plain entries inside the file. One OR over all words tells, and then a single
-shift yields all clusters; everything else goes through `entries.examine`.
+Most tables hold nothing but plain entries inside the file (`entries.plain_clusters`); what does not is taken
+apart by `entries.examine`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import DEFECTS, I64, U64, UNCOUNTED, Bools, Examined, examine, plain_clusters
 from powercut.formats.qcow2.findings import Findings, Ranges
 from powercut.formats.qcow2.header import Header
