@@ -278,3 +278,7 @@ def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, json_path: s
     results = gatekeeper.run_all(scenarios, jobs, save, quiet=json_path == "-")
     document.write(gatekeeper.document(results), json_path)
     sys.exit(gatekeeper.exit_code(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from powercut.disk import ImageDisk
 from powercut.errors import InputError
 from powercut.formats.qcow2.check import Check, check
@@ -63,11 +65,25 @@ def _text(path: str, result: Check) -> str:
         )
         if result.dirty:
             lines.append("  the dirty bit is set: refcounts are rebuilt at the next writable open")
+    if result.leaks:
+        lines.append(f"  leaked clusters: {_runs(_leaked(result))}")
     lines += [f"  {problem.text}" for problem in result.problems[:_SHOWN]]
     more = len(result.problems) + result.omitted - _SHOWN
     if more > 0:
         lines.append(f"  and {count(more, 'more problem')}")
     return "\n".join(lines)
+
+
+def _leaked(result: Check) -> list[int]:
+    return [] if result.leaked is None else np.flatnonzero(result.leaked).tolist()
+
+
+def _runs(numbers: list[int]) -> str:
+    """ "5 to 9, 12", cut off where nobody reads on."""
+    cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    runs = [numbers[i:j] for i, j in zip([0, *cuts], [*cuts, len(numbers)], strict=True)]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs[:_SHOWN]]
+    return ", ".join(words) + (" ..." if len(runs) > _SHOWN else "")
 
 
 def _document(path: str, result: Check, damaged: bool) -> dict[str, Any]:
@@ -79,6 +95,7 @@ def _document(path: str, result: Check, damaged: bool) -> dict[str, Any]:
         "summary": _word(result),
         "corruptions": result.corruptions,
         "leaks": result.leaks,
+        "leaked_clusters": _leaked(result),
         "check_errors": result.check_errors,
         "aborted": result.aborted or None,
         "dirty": result.dirty,

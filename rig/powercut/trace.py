@@ -1,8 +1,10 @@
 """The trace: what a program did to its files, in the order in which it was seen. Written once, never changed.
 
 A trace file is a row of 512 bytes that says what it is, a row of zeros, and then records, one after the
-other, each written with one system call before the recorded program hears that its request is done. So a
-recorder may die at any moment: every whole record before its death counts.
+other, only ever appended. A recorder may die at any moment: every whole record in the file counts. An event
+with bytes is written at once, before the recorded program hears that its request is done; records without bytes
+(completions, flushes, marks) may wait for the next one that has some, so that a death can cost the last few of
+them, never their order.
 
 All numbers are little-endian. A record is a header of 64 bytes (`RECORD`) at a multiple of 64, followed, if
 `stored` is not 0, by a payload. The payload of a write begins in the next row of 512 bytes, at the same
@@ -29,6 +31,7 @@ Version 1. A reader refuses any other version.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import mmap
@@ -50,6 +53,7 @@ from powercut.errors import EnvironmentFault, InputError
 SECTOR = 512
 MAGIC = b"POWERCUT-TRACE\r\n"
 VERSION = 1
+MAX_SIZE = 1 << 50  # bytes: no file of a trace is larger, no event ends later
 NEVER = np.iinfo(np.int64).max  # `completed` of an event that was in flight when the recording ended
 
 RECORD = np.dtype(
@@ -69,6 +73,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 64
+_WAITING = 64  # records without payload that may wait to be written
 _HEADER = struct.Struct("<BBHQQQQQQiI")  # RECORD without its crc
 
 EVENT = np.dtype(
@@ -108,6 +113,10 @@ class Kind(enum.IntEnum):
     META = 67
 
 
+_EVENTS = frozenset(int(kind) for kind in Kind if kind < Kind.COMPLETE)
+_CONTENTS = frozenset((int(Kind.WRITE), int(Kind.ZERO), int(Kind.DISCARD), int(Kind.FLUSH)))
+
+
 class Flag(enum.IntFlag):
     FUA = 1
     MAY_UNMAP = 2
@@ -144,6 +153,7 @@ class TraceWriter:
         self._lock = threading.Lock()
         self._start = time.monotonic_ns()
         self._end = 0
+        self._waiting: list[Any] = []  # records without payload that are not written yet
         self._position = 0
         self._files = 0
         self._put([MAGIC + struct.pack("<II", VERSION, SECTOR) + bytes(SECTOR - len(MAGIC) - 8), bytes(SECTOR)])
@@ -178,14 +188,19 @@ class TraceWriter:
         with self._lock:
             now = time.monotonic_ns() - self._start
             body = _HEADER.pack(kind, flags, file, offset, length, ref, stored, digest, now, result, 0)
-            parts: list[Any] = [zlib.crc32(body).to_bytes(4, "little") + body]
-            if stored:
-                after = self._end + RECORD.itemsize
-                begin = _stored_position(after, offset)
-                parts += [bytes(begin - after), payload, bytes(-(begin + stored) % RECORD.itemsize)]
-            self._put(parts)
+            self._waiting.append(zlib.crc32(body).to_bytes(4, "little") + body)
             self._position += 1
+            if stored:
+                after = self._end + len(self._waiting) * RECORD.itemsize
+                begin = _stored_position(after, offset)
+                self._waiting += [bytes(begin - after), payload, bytes(-(begin + stored) % RECORD.itemsize)]
+            if stored or len(self._waiting) >= _WAITING:
+                self._write_waiting()
             return self._position - 1
+
+    def _write_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._put(waiting)
 
     def file(self, name: str, size: int, role: str) -> int:
         """Declare a file and return its id."""
@@ -214,7 +229,7 @@ class TraceWriter:
                     if not data:
                         return
                     if data.count(0) != len(data):
-                        self.base(file, place, data)
+                        self.base(file, place, data + bytes(-len(data) % SECTOR))  # a reader takes whole sectors
                     place += len(data)
 
     def issue(
@@ -242,8 +257,11 @@ class TraceWriter:
     def close(self) -> None:
         with self._lock:
             if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+                try:
+                    self._write_waiting()
+                finally:
+                    os.close(self._fd)
+                    self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -275,6 +293,8 @@ class Trace:
                     raise InputError(f"{self.path}: a trace cut off within its first {2 * SECTOR} bytes")
                 if version != VERSION or sector != SECTOR:
                     raise InputError(f"{self.path}: trace version {version}, this powercut reads version {VERSION}")
+                if any(head[SECTOR:]):
+                    raise InputError(f"{self.path}: damaged: bytes {SECTOR} to {2 * SECTOR} are not all zeros")
                 self._map = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}") from None
@@ -300,13 +320,17 @@ class Trace:
                 break
             header = mapped[place : place + RECORD.itemsize]
             if int.from_bytes(header[:4], "little") != crc32(header[4:]):
-                if not any(mapped[place:size]):
+                if not np.frombuffer(mapped, dtype=np.uint8)[place:size].any():
                     self.truncated = f"{self.path}: only zeros from byte {place} on; read up to there"
                     break
                 raise InputError(f"{self.path}: damaged record at byte {place} (header checksum does not match)")
             kind, flags, file, offset, length, ref, stored, digest, _, result, _ = unpack(header, 4)
-            after = place + RECORD.itemsize
+            begin = after = place + RECORD.itemsize
             row = 0
+            if offset + length > MAX_SIZE or ref > NEVER:
+                raise InputError(
+                    f"{self.path}: the record at byte {place} makes no sense: offset {offset}, length {length}, ref {ref}"
+                )
             if stored:
                 begin = _stored_position(after, offset)
                 after = begin + stored + -(begin + stored) % RECORD.itemsize
@@ -317,16 +341,22 @@ class Trace:
                     )
                     break
                 self._payloads.append((begin, stored, digest))
-            if kind < Kind.COMPLETE:
+            if kind in _EVENTS:
+                if kind in _CONTENTS:
+                    self._check_file(place, kind, file, length, stored)
                 issues.append((kind, flags, file, result, offset, length, position, NEVER, row, ref))
             elif kind == Kind.COMPLETE:
                 completions.append((ref, position, result))
             elif kind == Kind.FILE:
-                about = json.loads(bytes(mapped[begin : begin + stored]))
-                self.files.append(FileInfo(file, about["name"], length, about["role"]))
+                about = self._json(place, begin, stored, digest)
+                name, role = about.get("name"), about.get("role")
+                if file != len(self.files) or not isinstance(name, str) or not isinstance(role, str):
+                    raise InputError(f"{self.path}: the record at byte {place} declares file {file} as {about}")
+                self.files.append(FileInfo(file, name, length, role))
             elif kind == Kind.META:
-                self.meta = json.loads(bytes(mapped[begin : begin + stored]))
+                self.meta = self._json(place, begin, stored, digest)
             elif kind == Kind.BASE:
+                self._check_file(place, kind, file, length, stored)
                 bases.append((file, offset, length, row))
             else:
                 raise InputError(f"{self.path}: unknown record kind {kind} at byte {place}")
@@ -340,10 +370,30 @@ class Trace:
             refs, positions, results = np.array(completions, dtype=np.int64).T
             index = np.searchsorted(self.events["issued"], refs)
             known = index < len(self.events)
-            if not known.all() or (self.events["issued"][index] != refs).any():
-                raise InputError(f"{self.path}: a completion refers to an event that was never issued")
+            if not known.all() or (self.events["issued"][index] != refs).any() or (refs >= positions).any():
+                raise InputError(f"{self.path}: a completion refers to an event that was not issued before it")
+            if len(np.unique(refs)) != len(refs):
+                raise InputError(f"{self.path}: an event was completed twice")
             self.events["completed"][index] = positions
             self.events["result"][index] = results
+
+    def _check_file(self, place: int, kind: int, file: int, length: int, stored: int) -> None:
+        """Whether an event speaks of a declared file, and its bytes are there."""
+        if file >= len(self.files):
+            raise InputError(f"{self.path}: the record at byte {place} speaks of file {file}, which was not declared")
+        if kind in (Kind.WRITE, Kind.BASE) and stored != (0 if self.files[file].role == "guest" else length):
+            raise InputError(f"{self.path}: the record at byte {place} has {stored} bytes for a range of {length}")
+
+    def _json(self, place: int, begin: int, stored: int, digest: int) -> dict[str, Any]:
+        """The payload of a record that says something about the trace itself."""
+        payload = bytes(self._map[begin : begin + stored])
+        about = None
+        with contextlib.suppress(ValueError, RecursionError):
+            if xxhash.xxh3_64_intdigest(payload) == digest:
+                about = json.loads(payload)
+        if not isinstance(about, dict):
+            raise InputError(f"{self.path}: damaged payload of the record at byte {place}")
+        return about
 
     def verify(self) -> None:
         """Compare every payload with its digest. Raises InputError naming the first that differs."""

@@ -46,6 +46,7 @@ class Check:
     omitted: int  # problems beyond those listed
     corruptions: int
     leaks: int
+    leaked: Bools | None  # by cluster, where it was compared
     check_errors: int
     aborted: str  # why QEMU's checker would give up; the counts then mean nothing
     decided: bool
@@ -120,6 +121,7 @@ def _result(
         found.omitted,
         found.corruptions,
         found.leaks,
+        found.leaked,
         found.check_errors,
         found.aborted,
         decided,

@@ -81,9 +81,9 @@ def compare(
     for start, stop, times in ledger.ranges:
         first[start : stop + 1] += times
     np.add.at(first, table_first, weight)
-    longer = table_last > table_first
-    if longer.any():
-        np.add.at(first, table_last[longer], weight[longer])
+    unaligned = table_last > table_first
+    if unaligned.any():
+        np.add.at(first, table_last[unaligned], weight[unaligned])
     upper = first
     for part in parts:
         if part.extra.any():
@@ -177,6 +177,7 @@ def _compare(c: Comparison) -> None:
         bad &= ~refcounts.unknown
         leaked &= ~refcounts.unknown
     found.leaks += int(np.count_nonzero(leaked))
+    found.leaked = leaked
     if header.refcount_bits < 32:
         # Only now is it worth a look: no count that saturates goes unnoticed by the comparison.
         _saturate(c, bad)

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from powercut.verdict import Problem, Severity
 
 LIMIT = 1000  # a broken table has a defect in each slot; nobody reads more
@@ -24,6 +27,7 @@ class Findings:
     omitted: int = 0  # problems beyond the limit
     corruptions: int = 0
     leaks: int = 0
+    leaked: NDArray[np.bool_] | None = None  # by cluster
     check_errors: int = 0
     aborted: str = ""  # why QEMU's checker gives up, and the counts say nothing
 
