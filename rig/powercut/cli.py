@@ -62,10 +62,13 @@ def doctor(json_path: str | None) -> None:
 
 
 def _options(pairs: tuple[str, ...]) -> dict[str, str]:
+    options = {}
     for pair in pairs:
-        if "=" not in pair:
+        name, equals, value = pair.partition("=")
+        if not equals:
             raise click.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--option")
-    return dict((pair.split("=", 1)[0], pair.split("=", 1)[1]) for pair in pairs)
+        options[name] = value
+    return options
 
 
 @main.command()

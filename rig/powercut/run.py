@@ -11,7 +11,7 @@ from typing import Any
 
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
-from powercut.crash.explore import EpochResult, Found, explore
+from powercut.crash.explore import SPENT, EpochResult, Found, explore
 from powercut.crash.finding import Finding, from_found
 from powercut.crash.model import epochs
 from powercut.crash.promise import Promise
@@ -136,23 +136,19 @@ def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None,
     image = trace.file("image")
     assert image is not None
     positions = epochs(trace, image.id)
-    results: dict[int, EpochResult] = {}
-    spent = 0
-    while True:
-        left = [i for i in range(len(positions)) if i not in results or results[i].unknown == "budget spent"]
-        share = None if budget is None else (budget - spent) // max(1, len(left))
-        if not left or share == 0 or (results and share is not None and all(results[i].checks >= share for i in left)):
-            return [results.get(i) or _unseen(i, positions[i]) for i in range(len(positions))]
-        tasks = [(i, positions[i], share) for i in left]
-        for result in _explore_all(plan, trace, tasks, pool, done):
+    if budget is None:
+        return _explore_all(plan, trace, [(i, p, None) for i, p in enumerate(positions)], pool, done)
+    results = {i: EpochResult(i, p, unknown=SPENT) for i, p in enumerate(positions)}
+    left, share = list(results), budget // len(results)
+    if not share:  # fewer checks than epochs: one each for some, from the first to the last
+        left, share = left[:: -(-len(left) // budget)], 1
+    while left and share > max(results[i].checks for i in left):
+        for result in _explore_all(plan, trace, [(i, positions[i], share) for i in left], pool, done):
             results[result.index] = result
-            spent += result.checks
-        if budget is None:
-            return [results[i] for i in range(len(positions))]
-
-
-def _unseen(index: int, position: int) -> EpochResult:
-    return EpochResult(index, position, unknown="budget spent")
+            budget -= result.checks
+        left = [i for i in results if results[i].unknown == SPENT]
+        share = budget // len(left) if left else 0
+    return list(results.values())
 
 
 def explore_trace(

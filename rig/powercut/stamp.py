@@ -27,6 +27,7 @@ _SECRET = np.array(  # xxh3's default secret, first 32 bytes, as little-endian w
 _PRIME64_1 = 0x9E3779B185EBCA87
 _AVALANCHE = np.uint64(0x165667919E3779F9)
 _LOW = np.uint64(0xFFFFFFFF)
+_MAX_OP = np.uint64((1 << 63) - 1)
 _U32, _U37 = np.uint64(32), np.uint64(37)
 
 Words = NDArray[np.uint64]
@@ -73,7 +74,7 @@ def decode(sectors: NDArray[np.uint8]) -> Stamps:
     first = words[:, 0, :]
     uniform = (words[:, 1:, :] == words[:, :-1, :]).all(axis=(1, 2))
     op, epoch, sector = first[:, 0], first[:, 1], first[:, 2]
-    valid = uniform & (digest(op, epoch, sector) == first[:, 3])
+    valid = uniform & (op <= _MAX_OP) & (digest(op, epoch, sector) == first[:, 3])
     zero = uniform & ~first.any(axis=1)
     ops = np.where(valid, op.astype(np.int64), np.where(zero, ZERO, GARBAGE))
     return Stamps(ops, epoch.astype(np.int64), sector.astype(np.int64))

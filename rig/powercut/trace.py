@@ -328,9 +328,8 @@ class Trace:
             begin = after = place + RECORD.itemsize
             row = 0
             if offset + length > MAX_SIZE or ref > NEVER:
-                raise InputError(
-                    f"{self.path}: the record at byte {place} makes no sense: offset {offset}, length {length}, ref {ref}"
-                )
+                what = f"offset {offset}, length {length}, ref {ref}"
+                raise InputError(f"{self.path}: the record at byte {place} makes no sense: {what}")
             if stored:
                 begin = _stored_position(after, offset)
                 after = begin + stored + -(begin + stored) % RECORD.itemsize

@@ -31,7 +31,7 @@ import numpy as np
 
 from powercut.errors import InputError
 from powercut.stamp import decode
-from powercut.trace import SECTOR, Flag, Kind, TraceWriter
+from powercut.trace import MAX_SIZE, SECTOR, Flag, Kind, TraceWriter
 
 MAGIC = 0x6A736677736872
 VERSION = 1
@@ -83,10 +83,9 @@ class Log:
             sector, count, flags, mark = _ENTRY.unpack_from(self._map, place)
             if not (sector or count or flags or mark):
                 return
-            if flags & ~(_FLUSH | _FUA | _DISCARD | _MARK | _METADATA) or (sector | count) >> 52:
-                raise InputError(
-                    f"{self.path}: entry at byte {place} makes no sense: sector {sector}, count {count}, flags {flags:#x}"
-                )
+            if flags & ~(_FLUSH | _FUA | _DISCARD | _MARK | _METADATA) or (sector + count) * size > MAX_SIZE:
+                what = f"sector {sector}, count {count}, flags {flags:#x}"
+                raise InputError(f"{self.path}: entry at byte {place} makes no sense: {what}")
             start = place + size
             stored = -(-mark // size) * size if flags & _MARK else 0 if flags & _DISCARD else count * size
             if start + stored > self._size:
@@ -165,9 +164,9 @@ def _stamped(data: memoryview) -> list[tuple[int, int, int, int]]:
     whole = len(data) // SECTOR * SECTOR
     stamps = decode(np.frombuffer(data[:whole], dtype=np.uint8).reshape(-1, SECTOR))
     found: list[tuple[int, int, int, int]] = []
-    valid = stamps.op >= 0
+    valid = (stamps.op >= 0) & (stamps.sector >= 0) & (stamps.sector < MAX_SIZE // SECTOR)
     for operation in np.unique(stamps.op[valid]).tolist():
-        mine: Any = stamps.op == operation
+        mine: Any = valid & (stamps.op == operation)
         sectors = stamps.sector[mine]
         found.append((operation, int(stamps.epoch[mine][0]), int(sectors.min()), int(sectors.max())))
     return found

@@ -22,6 +22,7 @@ from powercut.verdict import Problem
 
 ENOUGH = 3
 MORE = 64
+SPENT = "budget spent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def explore_epoch(
     except _Stop:
         pass
     except BudgetSpent:
-        result.unknown = "budget spent"
+        result.unknown = SPENT
     except (Nondeterministic, Unjudged) as error:
         result.unknown = str(error)
     result.checks = disk.checks

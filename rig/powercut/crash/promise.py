@@ -32,9 +32,9 @@ class Promise(Durability):
         self.size = guest.size
         self.op: Sectors = np.where(events["kind"] == Kind.WRITE, events["ref"], ZERO)
         mine = (events["file"] == guest.id) & (events["kind"] == Kind.WRITE)
-        numbers = events["ref"][mine]
-        self._event_of_op = np.full(int(numbers.max()) + 1 if len(numbers) else 1, -1, dtype=np.int64)
-        self._event_of_op[numbers] = np.flatnonzero(mine)
+        order = np.argsort(events["ref"][mine], kind="stable")
+        self._ops: Sectors = events["ref"][mine][order]
+        self._event_of_op: Sectors = np.flatnonzero(mine)[order]
         self._live = np.zeros(len(events), dtype=bool)  # in flight now
         self._begin, self._end = events["offset"] // SECTOR, (events["offset"] + events["length"]) // SECTOR
         self._may_be_zero: Any = sparse_zeros(self.sectors, np.bool_)
@@ -64,8 +64,11 @@ class Promise(Durability):
         return np.asarray(ok)
 
     def _in_flight(self, at: Sectors, op: Sectors) -> NDArray[np.bool_]:
-        event = self._event_of_op[np.clip(op, 0, len(self._event_of_op) - 1)]
-        known = (op >= 0) & (op < len(self._event_of_op)) & (event >= 0)
+        if len(self._ops):
+            place = np.searchsorted(self._ops, op, side="right") - 1
+            event, known = self._event_of_op[place], (place >= 0) & (self._ops[place] == op)
+        else:
+            event, known = np.zeros(len(op), dtype=np.int64), np.zeros(len(op), dtype=np.bool_)
         ok = known & self._live[event] & (self._begin[event] <= at) & (at < self._end[event])
         if self.overtaking:
             writer = self.writer[at]

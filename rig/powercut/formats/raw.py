@@ -11,6 +11,7 @@ from powercut.crash.explore import Report
 from powercut.disk import Disk
 from powercut.formats import Recording
 from powercut.formats.reader import prove, suspects
+from powercut.stamp import SECTOR
 
 
 class Raw:
@@ -32,10 +33,8 @@ class Raw:
         def locate(sector: int) -> tuple[Disk, int]:
             return disk, sector
 
-        if self._fresh:  # everything once, then what the last epoch changed
-            ranges = [(0, promise.size // 512)]
-        else:
-            ranges = image.touched + promise.tightened
+        # Everything once, then what the last epoch changed.
+        ranges = [(0, promise.size // SECTOR)] if self._fresh else image.touched + promise.tightened
         at = np.unique(np.concatenate([np.arange(*span) for span in ranges])) if ranges else np.zeros(0, np.int64)
         bad = suspects(self._recording, image, at[at < promise.sectors], at[at < promise.sectors])
         prove(self._recording, disk, bad, locate, report, enough)

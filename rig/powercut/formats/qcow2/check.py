@@ -23,6 +23,7 @@ from functools import cached_property
 
 from powercut.disk import Disk
 from powercut.formats.qcow2 import compare
+from powercut.formats.qcow2.entries import Bools
 from powercut.formats.qcow2.findings import Findings
 from powercut.formats.qcow2.header import Header, read_header
 from powercut.formats.qcow2.mapping import Mapping
