@@ -28,7 +28,8 @@ from powercut.crash.finding import write_image
 from powercut.crash.model import epochs
 from powercut.guest.daemon import Daemon, create_image, tool
 from powercut.guest.workload import Workload, draw
-from powercut.run import RULES, Plan, explore_trace
+from powercut.run import explore_trace
+from powercut.session import RULES, Plan
 from powercut.trace import Trace, TraceWriter
 from quire.nbd import Server
 

@@ -209,12 +209,13 @@ def explore(
     from powercut import run
     from powercut.report import document, outcome
     from powercut.report.text import progress
+    from powercut.session import RULES, Plan
     from powercut.trace import Trace
 
     format_name = format_name or str(Trace(trace).meta.get("format", ""))
     if not format_name:
         raise click.UsageError(f"{trace} does not say which format it is of: give --format")
-    plan = run.Plan(trace, format_name, int(atom), rules or run.RULES)
+    plan = Plan(trace, format_name, int(atom), rules or RULES)
     begin = time.monotonic()
     with progress("exploring") as show_progress:
         result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)

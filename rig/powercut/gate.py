@@ -19,6 +19,7 @@ from powercut.report import outcome as reports
 from powercut.report.text import progress, states
 from powercut.run import Outcome
 from powercut.scenario import Scenario, load
+from powercut.session import Plan
 from powercut.verdict import Verdict
 
 SCHEMA = "powercut.gate/1"
@@ -96,7 +97,7 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
             trace = Path(scratch) / f"{scenario.name}.trace"
             with progress(f"recording {scenario.name}") as show:
                 record.record(scenario, trace, show)
-        plan = run.Plan(str(trace), scenario.format, scenario.explore.atom, scenario.explore.rules)
+        plan = Plan(str(trace), scenario.format, scenario.explore.atom, scenario.explore.rules)
         with progress(f"exploring {scenario.name}") as show:
             outcome = run.explore_trace(plan, budget=scenario.explore.budget, jobs=jobs, progress=show)
         result = _judge(scenario, outcome, qemu)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from powercut.crash import finding as findings
-from powercut.crash.disk import CrashDisk
-from powercut.run import Plan, Session
+from powercut.session import Plan, Session
 from powercut.trace import SECTOR, Trace
-from powercut.verdict import Problem
 
 _ENOUGH = 100  # problems looked at in the written state
 
@@ -33,9 +31,7 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
     session.advance(finding.position)
     findings.apply(finding, session.image)
     findings.write_image(session.image, out)
-    again: list[Problem] = []
-    disk = CrashDisk(session.image)
-    disk.explore(lambda: session.judge(disk, again.append, lambda rule: len(again) >= _ENOUGH))
+    again = session.problems(_ENOUGH)
     confirmed = any(problem.rule == finding.rule for problem in again)
     lines = [f"{out}: {finding.format} image after a crash before position {finding.position:,} of {trace.path}"]
     lines.append(f"  {finding.severity} ({finding.rule}): {finding.text}")

@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 from powercut import formats
-from powercut.crash.contents import Contents, Tokens
-from powercut.crash.explore import SPENT, EpochResult, Found, explore
-from powercut.crash.finding import Finding, from_found
+from powercut.crash.explore import SPENT, EpochResult, Found
+from powercut.crash.finding import Finding
 from powercut.crash.model import epochs
-from powercut.crash.promise import Promise
 from powercut.errors import InputError
-from powercut.formats import Recording
-from powercut.trace import SECTOR, Trace
+from powercut.explain import explain
+from powercut.session import Plan, Session
+from powercut.trace import Trace
 from powercut.verdict import Verdict
 
-RULES = ("opens", "structure", "acknowledged")
-ATOMS = (512, 4096)
 _PER_GROUP = 3  # findings kept for each rule and kind
 _FEW = 200  # epochs: fewer are not worth starting processes for
 
 Task = tuple[int, int, int | None]  # index, position and budget of an epoch
 Progress = Callable[[int, int], None]  # epochs done, epochs in all
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope."""
-
-    trace: str
-    format: str
-    atom: int = SECTOR
-    rules: tuple[str, ...] = RULES
-    sets: bool = True
 
 
 @dataclass(slots=True)
@@ -62,40 +48,6 @@ class Outcome:
     coverage: Coverage
     findings: list[Finding] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-
-
-class Session:
-    """One process's walk through a trace: it goes forward only."""
-
-    def __init__(self, plan: Plan, trace: Trace | None = None) -> None:
-        self.plan = plan
-        self.trace = trace or Trace(plan.trace)
-        image, guest, backing = (self.trace.file(role) for role in ("image", "guest", "backing"))
-        if image is None:
-            raise InputError(f"{plan.trace}: has no image")
-        self.image = Contents(self.trace, image, plan.atom)
-        self.promise = Promise(self.trace, guest) if guest and "acknowledged" in plan.rules else None
-        base = Contents(self.trace, backing) if backing else None
-        recording = Recording(self.image, base, self.promise, Tokens(self.trace))
-        self._judge = formats.find(plan.format)(recording).judge
-
-    def advance(self, position: int) -> None:
-        """Go on to a crash at `position`."""
-        self.image.advance(position)
-        if self.promise is not None:
-            self.promise.advance(position)
-
-    def judge(self, disk: Any, report: Any, enough: Any) -> None:
-        rules = {"opens", *self.plan.rules}
-
-        def in_scope(problem: Any) -> None:
-            if problem.rule in rules:
-                report(problem)
-
-        self._judge(disk, in_scope, enough)
-
-    def explore(self, tasks: Iterable[Task]) -> Iterator[EpochResult]:
-        yield from explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets)
 
 
 _session: Session | None = None
@@ -197,13 +149,13 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
 def _group(plan: Plan, trace: Trace, found: list[Found]) -> list[Finding]:
     """At most three findings of each rule and kind, the worst rule first, those with the fewest decisions first.
 
-    What breaks a rule by the same decisions, sector after sector, is one finding."""
+    What breaks a rule by the same writes, sector after sector, is one finding."""
     groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Found]]] = {}
     for item in found:
         same = groups.setdefault((item.problem.rule, item.problem.kind), {})
-        same.setdefault((item.position, item.decisions), []).append(item)
-    findings = []
+        same.setdefault((item.position, *((d.event, d.durable) for d in item.decisions)), []).append(item)
+    chosen: list[list[Found]] = []
     for group in sorted(groups.values(), key=lambda group: -max(items[0].problem.severity for items in group.values())):
         distinct = sorted(group.values(), key=lambda items: (len(items[0].decisions), items[0].position))
-        findings += [from_found(items[0], trace, plan.format, plan.atom, len(items)) for items in distinct[:_PER_GROUP]]
-    return findings
+        chosen += distinct[:_PER_GROUP]
+    return [explain(items[0], plan, trace, len(items)) for items in chosen]

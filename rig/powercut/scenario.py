@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from powercut.errors import InputError
 
-_SIZE = re.compile(r"(\d+)([kKmMgGtT]?)")
+_SIZE = re.compile(r"([0-9]+)([kKmMgGtT]?)")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -93,7 +93,8 @@ def load(path: Path) -> Scenario:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from None
+        line = re.search(r"\(at line (\d+)", str(error))
+        raise InputError(f"{path}{f':{line[1]}' if line else ''}: {error}") from None
     except msgspec.ValidationError as error:
         raise InputError(f"{path}{_line(text, str(error))}: {error}") from None
     for key, value in (("size", scenario.size), ("backing", scenario.backing)):

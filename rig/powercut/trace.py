@@ -141,7 +141,8 @@ def _stored_position(end: int, offset: int) -> int:
 class TraceWriter:
     """Appends records to a new trace file. Safe to use from several threads; their order is the order of calls.
 
-    Raises EnvironmentFault if the file cannot be written (a full disk): what was whole before stays readable.
+    Raises EnvironmentFault if the file cannot be written (a full disk), and from then on: what was whole before
+    stays readable.
     """
 
     def __init__(self, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
@@ -154,6 +155,7 @@ class TraceWriter:
         self._start = time.monotonic_ns()
         self._end = 0
         self._waiting: list[Any] = []  # records without payload that are not written yet
+        self._fault: str | None = None  # why recording stopped
         self._position = 0
         self._files = 0
         self._put([MAGIC + struct.pack("<II", VERSION, SECTOR) + bytes(SECTOR - len(MAGIC) - 8), bytes(SECTOR)])
@@ -168,8 +170,10 @@ class TraceWriter:
                 while rest:
                     rest = rest[os.pwrite(self._fd, rest, self._end + total - len(rest)) :]
         except OSError as error:
-            os.ftruncate(self._fd, self._end)
-            raise EnvironmentFault(f"{self.path}: recording stopped at byte {self._end}: {error.strerror}") from None
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._end)
+            self._fault = f"{self.path}: recording stopped at byte {self._end}: {error.strerror}"
+            raise EnvironmentFault(self._fault) from None
         self._end += total
 
     def _record(
@@ -186,6 +190,8 @@ class TraceWriter:
         stored = 0 if payload is None else len(payload)
         digest = xxhash.xxh3_64_intdigest(payload) if stored else 0
         with self._lock:
+            if self._fault is not None:  # a position was lost: whatever came after it would have a wrong one
+                raise EnvironmentFault(self._fault)
             now = time.monotonic_ns() - self._start
             body = _HEADER.pack(kind, flags, file, offset, length, ref, stored, digest, now, result, 0)
             self._waiting.append(zlib.crc32(body).to_bytes(4, "little") + body)
@@ -258,7 +264,8 @@ class TraceWriter:
         with self._lock:
             if self._fd >= 0:
                 try:
-                    self._write_waiting()
+                    if self._fault is None:
+                        self._write_waiting()
                 finally:
                     os.close(self._fd)
                     self._fd = -1

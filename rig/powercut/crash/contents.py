@@ -7,6 +7,8 @@ composed with what was there when it was issued.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,6 +164,21 @@ class Contents(Durability):
         """Let nothing be in flight: the durable contents are the only ones."""
         self.in_flight, self.others = [], {}
         self._forget()
+
+    @contextmanager
+    def settled_as(self, atoms: Rows, rows: Rows) -> Iterator[None]:
+        """For a while nothing is in flight, and `atoms` durably hold `rows` (shape (n, sectors per atom))."""
+        before = self.in_flight, self.others
+        sectors = atoms[:, None] * self.per_atom + np.arange(self.per_atom)
+        was = self.rows[sectors]
+        self.rows[sectors] = rows
+        self.settle_all()
+        try:
+            yield
+        finally:
+            self.in_flight, self.others = before
+            self.rows[sectors] = was
+            self._forget()
 
     def _forget(self) -> None:
         self._in_flight = None

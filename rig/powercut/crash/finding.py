@@ -1,14 +1,16 @@
 """A finding: one crash state that breaks a rule, as a file that brings it back.
 
 The file names its trace by hash, says before which position the crash came, and lists the decisions that the
-broken rule rests on. Every other atom holds its durable content, which is a legal state too. JSON, schema
-`powercut.finding/1`; unknown versions are refused.
+broken rule rests on. Of every other atom, what is in flight either survived or was lost, as `others` says; both are
+legal states. JSON, schema `powercut.finding/1`; unknown versions are refused.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -16,6 +18,7 @@ import numpy as np
 from powercut import __version__
 from powercut.crash.contents import Contents
 from powercut.crash.explore import Found
+from powercut.crash.shrink import newest
 from powercut.errors import InputError
 from powercut.trace import SECTOR, Kind, Trace
 
@@ -25,17 +28,19 @@ SCHEMA = "powercut.finding/1"
 class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     """The atom at byte `offset` was left as the event numbered `event` left it (its index in the trace; -1: as it
     was before the recording), one of `contents` distinct contents. `lost`: that is its durable content, and what was
-    in flight on it was lost. `write` describes the event."""
+    in flight on it was lost. `write` describes the event, `role` what the atom is for."""
 
     offset: int
     event: int
     contents: int
     lost: bool
     write: str = ""
+    role: str = ""
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """See the module. `seen` counts the sectors or entries for which these decisions break this rule."""
+    """See the module. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
+    what had to be on disk before what."""
 
     schema: str
     powercut: str
@@ -51,6 +56,12 @@ class Finding(msgspec.Struct, frozen=True):
     text: str
     decisions: list[Decided]
     seen: int = 1
+    others: Literal["lost", "survived"] = "lost"
+    order: str = ""
+
+    def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
+        """The same broken rule, by these decisions."""
+        return msgspec.structs.replace(self, decisions=decisions, others=others, order=order)
 
     def of_trace(self, path: str) -> Finding:
         """The same finding, for a copy of its trace at `path`."""
@@ -62,8 +73,8 @@ class Finding(msgspec.Struct, frozen=True):
         path.write_bytes(msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(self, trace=relative))))
 
 
-def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int) -> Finding:
-    """The finding for what the search found in `trace`."""
+def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int, role: Callable[[int], str]) -> Finding:
+    """The finding for what the search found in `trace`; `role` says what the byte at an offset is for."""
     problem = found.problem
     return Finding(
         schema=SCHEMA,
@@ -79,17 +90,20 @@ def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int) ->
         severity=problem.severity.label,
         text=problem.text,
         decisions=[
-            Decided(d.offset, d.event, d.contents, d.durable, _describe(trace, d.event)) for d in found.decisions
+            Decided(d.offset, d.event, d.contents, d.durable, describe(trace, d.event), role(d.offset))
+            for d in found.decisions
         ],
         seen=seen,
     )
 
 
-def _describe(trace: Trace, event: int) -> str:
+def describe(trace: Trace, event: int) -> str:
+    """The event with this index, in words; -1 stands for the initial content."""
     if event < 0:
-        return "what was there before the recording"
+        return "as before the recording"
     about = trace.events[event]
-    return f"{Kind(about['kind']).name.lower()} of {about['length']} bytes at {about['offset']:#x}"
+    kind = Kind(about["kind"]).name.lower()
+    return f"as the {kind} of {about['length']} bytes at {about['offset']:#x} left it"
 
 
 def load(path: str) -> Finding:
@@ -115,6 +129,12 @@ def apply(finding: Finding, contents: Contents) -> None:
             f"{trace.path}: another trace than the finding's (hash {trace.hash}, not {finding.trace_hash})"
         )
     flight = contents.in_flight_atoms()
+    lost = [decided.offset // finding.atom for decided in finding.decisions if decided.lost]
+    inner = np.arange(contents.per_atom)
+    if finding.others == "survived":
+        atoms, rows = newest(contents)
+        kept = ~np.isin(atoms, lost)
+        contents.rows[atoms[kept, None] * contents.per_atom + inner] = rows[kept]
     for decided in finding.decisions:
         atom, rest = divmod(decided.offset, finding.atom)
         if decided.lost and not rest:
@@ -124,7 +144,7 @@ def apply(finding: Finding, contents: Contents) -> None:
             raise InputError(
                 f"the finding decides byte {decided.offset} for event {decided.event}: not in flight there"
             )
-        contents.rows[atom * contents.per_atom : (atom + 1) * contents.per_atom] = flight.rows[hits[0]]
+        contents.rows[atom * contents.per_atom + inner] = flight.rows[hits[0]]
     contents.settle_all()
 
 

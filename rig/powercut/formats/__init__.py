@@ -11,6 +11,7 @@ from powercut.crash.contents import Contents, Tokens
 from powercut.crash.disk import CrashDisk
 from powercut.crash.explore import Report
 from powercut.crash.promise import Promise
+from powercut.disk import Disk
 from powercut.errors import InputError
 
 
@@ -34,6 +35,10 @@ class Format(Protocol):
     @staticmethod
     def host_size(size: int) -> int:
         """How many bytes an image of a disk of `size` bytes may come to need on a device that cannot grow."""
+
+    @staticmethod
+    def roles(disk: Disk) -> Callable[[int], str]:
+        """Names what a byte of the image is for ("L1 table", "guest data at sector 8"), as this state has it."""
 
     def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None: ...
 

@@ -25,6 +25,10 @@ class Raw:
     def host_size(size: int) -> int:
         return size
 
+    @staticmethod
+    def roles(disk: Disk) -> Callable[[int], str]:
+        return lambda offset: f"guest data at sector {offset // SECTOR}"
+
     def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
         promise, image = self._recording.promise, self._recording.image
         if promise is None:

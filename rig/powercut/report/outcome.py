@@ -24,6 +24,8 @@ class Finding(Protocol):
     seen: int
     position: int
     decisions: list[Any]
+    others: str
+    order: str
 
     def save(self, path: Path) -> None: ...
 
@@ -85,6 +87,8 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
                 "text": item.finding.text,
                 "seen": item.finding.seen,
                 "position": item.finding.position,
+                "others": item.finding.others,
+                "order": item.finding.order,
                 "decisions": msgspec.to_builtins(item.finding.decisions),
                 "file": str(item.path),
                 "replay": item.replay,
@@ -118,7 +122,10 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
         lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}{also}"]
         lines.append(f"    crash before position {finding.position:,} of the trace, where")
         for decision in finding.decisions:
-            fate = "lost:     at" if decision.lost else "survived: at"
-            lines.append(f"    {fate} {decision.offset:#x} is {decision.write}")
+            fate = "lost    " if decision.lost else "survived"
+            lines.append(f"    {fate}  {decision.role}, at {decision.offset:#x}: {decision.write}")
+        lines.append(f"    {finding.others:8}  everything else in flight")
+        if finding.order:
+            lines.append(f"    so: {finding.order}")
         lines.append(f"    {item.replay}")
     return "\n".join(lines)

@@ -30,6 +30,7 @@ from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.check import Check, check
 from powercut.formats.qcow2.entries import I64, U64, Kind, host_offset, kind
 from powercut.formats.qcow2.header import Header
+from powercut.formats.qcow2.roles import roles
 from powercut.formats.reader import prove, suspects
 from powercut.oracles.acknowledged import unlawful_zeros
 from powercut.stamp import SECTOR
@@ -49,6 +50,10 @@ class Qcow2:
     @staticmethod
     def host_size(size: int) -> int:
         return size + size // 16 + (16 << 20)
+
+    @staticmethod
+    def roles(disk: Disk) -> Callable[[int], str]:
+        return roles(disk)
 
     def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
         result = check(disk)
