@@ -47,7 +47,7 @@ find_manager() {
     echo none
 }
 
-# The package of each manager that brings a thing. Tried on Debian 12; the other columns are by the packages' listings.
+# The package of each manager that brings a thing. Tried on Debian 12; the names for the other managers were not tried.
 package() {
     case $1:$manager in
         python:apt-get) if have python3; then echo python3.11; else echo python3; fi ;;

@@ -20,8 +20,10 @@ FLOORS = [
     {"errors", "verdict", "disk", "trace", "stamp"},
     {"capture", "crash", "oracles", "guest", "scenario", "report", "doctor", "stats"},
     {"formats", "endings", "faults"},
-    {"run", "record"},
-    {"gate", "replay", "inspect", "compare"},
+    {"session"},
+    {"explain"},
+    {"run", "record", "races"},
+    {"gate", "replay", "inspection", "compare"},
     {"cli", "__main__"},
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
