@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
 from powercut.crash.disk import CrashDisk
-from powercut.crash.explore import EpochResult, Report, explore
+from powercut.crash.explore import EpochResult, Report, Unjudged, explore
 from powercut.crash.promise import Promise
 from powercut.errors import InputError
 from powercut.formats import Recording
@@ -69,7 +70,8 @@ class Session:
         self._judge = self.format(self._recording).judge
         found: list[Problem] = []
         disk = CrashDisk(image)
-        disk.explore(lambda: self.judge(disk, found.append, lambda rule: len(found) >= most))
+        with suppress(Unjudged):  # what was found before counts
+            disk.explore(lambda: self.judge(disk, found.append, lambda rule: len(found) >= most))
         self._judge, image.touched[:] = walk[0], walk[1]
         if promise is not None:
             promise.tightened[:] = walk[2]

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from powercut.crash.contents import Contents
-from powercut.crash.disk import BudgetSpent, CrashDisk
+from powercut.crash.disk import CrashDisk
 from powercut.crash.explore import explore_epoch
 from powercut.crash.model import epochs
+from powercut.crash.search import BudgetSpent, Search
 from powercut.errors import Nondeterministic
 from powercut.trace import Trace
 from powercut.verdict import Problem, Severity
@@ -33,7 +34,7 @@ def all_states(contents: Contents) -> tuple[set[bytes], int]:
     disk = CrashDisk(contents)
     seen: set[bytes] = set()
     disk.explore(lambda: seen.add(disk.read(0, SECTORS * SECTOR).tobytes()))
-    return seen, disk.checks
+    return seen, disk.search.checks
 
 
 @given(plan=steps())
@@ -119,7 +120,7 @@ def test_parts_cover_what_the_whole_covers(plan):
             for first in (0, 1, 2)
         }
         assert seen == wanted
-        assert not disk.path
+        assert not disk.search.path
 
 
 def racing(tmp_path: Path, count: int) -> Contents:
@@ -149,10 +150,10 @@ def test_a_check_that_does_not_repeat_itself_is_found_out(tmp_path):
 
 def test_a_budget_ends_the_search_without_claiming_exhaustion(tmp_path):
     contents = racing(tmp_path, 8)
-    disk = CrashDisk(contents, budget=100)
+    disk = CrashDisk(contents, Search(budget=100))
     with pytest.raises(BudgetSpent):
         disk.explore(lambda: disk.read(0, 8 * SECTOR))
-    assert disk.checks == 100
+    assert disk.search.checks == 100
     result = explore_epoch(0, contents, lambda disk, report, enough: disk.read(0, 8 * SECTOR), budget=255)
     assert (result.unknown, result.exhausted, result.checks) == ("budget spent", False, 255)
     result = explore_epoch(0, contents, lambda disk, report, enough: disk.read(0, 8 * SECTOR), budget=256)
@@ -166,12 +167,12 @@ def test_variants_show_all_and_decide_nothing(tmp_path):
     def check() -> None:
         variants = disk.variants(100, 3 * SECTOR)
         assert [(span.start, span.stop) for span in variants.spans] == [(0, 412), (412, 924), (924, 1436), (1436, 1536)]
-        assert not disk.path
+        assert not disk.search.path
         assert disk.read(SECTOR, 1)[0] in (0, ord("x"))
         assert len(disk.variants(0, 8 * SECTOR).spans) == 7
 
     disk.explore(check)
-    assert disk.checks == 2
+    assert disk.search.checks == 2
 
 
 def test_large_atoms_survive_whole(tmp_path):

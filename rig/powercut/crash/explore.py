@@ -15,8 +15,9 @@ from typing import Protocol
 import numpy as np
 
 from powercut.crash.contents import Contents
-from powercut.crash.disk import BudgetSpent, CrashDisk
+from powercut.crash.disk import CrashDisk
 from powercut.crash.promise import Promise
+from powercut.crash.search import BudgetSpent, Search
 from powercut.errors import Nondeterministic
 from powercut.verdict import Problem
 
@@ -85,7 +86,8 @@ def explore_epoch(
     counts = contents.undecided()
     result.undecided_atoms = len(counts)
     result.log2_states = float(np.log2(counts).sum())
-    disk = CrashDisk(contents, sets=sets, budget=budget)
+    search = Search(budget)
+    disk = CrashDisk(contents, search, sets=sets)
     seen: dict[tuple[str, str, int], Found] = {}
     rules: Counter[str] = Counter()
 
@@ -94,7 +96,9 @@ def explore_epoch(
             return
         rules[problem.rule] += 1
         size = contents.atom
-        decisions = tuple(Chosen(d.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in disk.path)
+        decisions = tuple(
+            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in search.path
+        )
         seen[problem.key] = Found(contents.position, problem, decisions)
 
     more = MORE
@@ -107,7 +111,7 @@ def explore_epoch(
             raise _Stop
 
     try:
-        disk.explore(whole)
+        search.explore(whole)
         result.exhausted = not seen  # with a finding, judging was cut short
     except _Stop:
         pass
@@ -115,7 +119,7 @@ def explore_epoch(
         result.unknown = SPENT
     except (Nondeterministic, Unjudged) as error:
         result.unknown = str(error)
-    result.checks = disk.checks
+    result.checks = search.checks
     result.found = list(seen.values())
     return result
 

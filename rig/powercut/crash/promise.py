@@ -30,13 +30,15 @@ class Promise(Durability):
         super().__init__(trace, guest.id)
         events = trace.events
         self.size = guest.size
-        self.op: Sectors = np.where(events["kind"] == Kind.WRITE, events["ref"], ZERO)
+        # One more at the end, for an index of -1: what was there before the first event.
+        self.op: Sectors = np.append(np.where(events["kind"] == Kind.WRITE, events["ref"], ZERO), ZERO)
         mine = (events["file"] == guest.id) & (events["kind"] == Kind.WRITE)
         order = np.argsort(events["ref"][mine], kind="stable")
         self._ops: Sectors = events["ref"][mine][order]
         self._event_of_op: Sectors = np.flatnonzero(mine)[order]
-        self._live = np.zeros(len(events), dtype=bool)  # in flight now
-        self._begin, self._end = events["offset"] // SECTOR, (events["offset"] + events["length"]) // SECTOR
+        self._live = np.zeros(len(events) + 1, dtype=bool)  # in flight now
+        begin, end = events["offset"], events["offset"] + events["length"]
+        self._begin, self._end = np.append(begin, 0) // SECTOR, np.append(end, 0) // SECTOR
         self._may_be_zero: Any = sparse_zeros(self.sectors, np.bool_)
         self.tightened: list[tuple[int, int]] = []  # sector ranges whose legal contents became fewer
 
@@ -55,7 +57,7 @@ class Promise(Durability):
     def legal(self, at: Sectors, op: Sectors, stamped: Sectors) -> NDArray[np.bool_]:
         """Whether guest sector `at[i]` may hold the stamp of operation `op[i]` for sector `stamped[i]`."""
         writer = self.writer[at]
-        wanted = np.where(writer > 0, self.op[writer - 1], ZERO)
+        wanted = self.op[writer - 1]
         zero = op == ZERO
         ok = (op == wanted) & (zero | (stamped == at))
         left = np.flatnonzero(~ok & (zero | (stamped == at)) & (op != GARBAGE))
@@ -68,7 +70,7 @@ class Promise(Durability):
             place = np.searchsorted(self._ops, op, side="right") - 1
             event, known = self._event_of_op[place], (place >= 0) & (self._ops[place] == op)
         else:
-            event, known = np.zeros(len(op), dtype=np.int64), np.zeros(len(op), dtype=np.bool_)
+            event, known = np.full(len(op), -1), np.zeros(len(op), dtype=np.bool_)
         ok = known & self._live[event] & (self._begin[event] <= at) & (at < self._end[event])
         if self.overtaking:
             writer = self.writer[at]
