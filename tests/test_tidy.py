@@ -20,6 +20,7 @@ FLOORS = [
     {"errors", "verdict", "disk", "trace", "stamp"},
     {"capture", "crash", "oracles", "guest", "scenario", "report", "doctor", "stats"},
     {"formats", "endings", "faults"},
+    {"external"},
     {"session"},
     {"explain"},
     {"run", "record", "races"},

@@ -156,6 +156,53 @@ def import_(log: str, base: str, out: Path, format_name: str, json_path: str | N
     document.write({"schema": "powercut.import/1", "trace": str(out), "events": events}, json_path)
 
 
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--dir", "directories", multiple=True, metavar="DIR", help="What to watch.  [default: where you are]")
+@click.option("--image", metavar="NAME", help="The file that is the disk image under test.")
+@click.option("--format", "format_name", help="The image's format, for the trace to remember.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The trace to write.")
+@JSON
+def capture(
+    command: tuple[str, ...],
+    directories: tuple[str, ...],
+    image: str | None,
+    format_name: str | None,
+    out: Path,
+    json_path: str | None,
+) -> None:
+    """Run COMMAND (after --) and record what it does to the files under DIR.
+
+    Exits 2 if COMMAND failed; the trace is kept.
+    """
+    from powercut.capture import program
+    from powercut.report import document
+    from powercut.report.text import count
+
+    result = program.capture(command, directories or (".",), out, image=image, format=format_name)
+    for warning in result.warnings:
+        click.echo(f"powercut: warning: {warning}", err=True)
+    if json_path != "-":
+        click.echo(f"{out}: {count(result.events, 'event')} on {count(result.files, 'file')}", err=True)
+    if result.status:
+        how = f"exit status {result.status}" if result.status > 0 else f"signal {-result.status}"
+        ways = f"; the recorder refused it {', '.join(result.refused)}" if result.refused else ""
+        click.echo(f"powercut: {command[0]} ended with {how}{ways}", err=True)
+    document.write(
+        {
+            "schema": "powercut.capture/1",
+            "trace": str(out),
+            "status": result.status,
+            "events": result.events,
+            "files": result.files,
+            "refused": result.refused,
+            "warnings": result.warnings,
+        },
+        json_path,
+    )
+    sys.exit(2 if result.status else 0)
+
+
 @main.command()
 @click.argument("trace")
 @click.option("--events", is_flag=True, help="List every event.")
@@ -184,6 +231,14 @@ def show(trace: str, events: bool, json_path: str | None) -> None:
     show_default=True,
     help="Bytes the disk writes in one piece.",
 )
+@click.option("--checker", metavar="CMD", help="Let this command judge, on an NBD URI ({}, or its last word).")
+@click.option(
+    "--recovery-depth",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Explore crashes inside what the checker writes.",
+)
 @click.option("--budget", type=click.IntRange(1), help="At most this many checks.  [default: until exhausted]")
 @click.option(
     "--rule",
@@ -199,6 +254,8 @@ def explore(
     trace: str,
     format_name: str | None,
     atom: str,
+    checker: str | None,
+    recovery_depth: int,
     budget: int | None,
     rules: tuple[str, ...],
     jobs: int | None,
@@ -215,7 +272,7 @@ def explore(
     format_name = format_name or str(Trace(trace).meta.get("format", ""))
     if not format_name:
         raise click.UsageError(f"{trace} does not say which format it is of: give --format")
-    plan = Plan(trace, format_name, int(atom), rules or RULES)
+    plan = Plan(trace, format_name, int(atom), rules or RULES, checker=checker, recovery_depth=recovery_depth)
     begin = time.monotonic()
     with progress("exploring") as show_progress:
         result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)

@@ -27,6 +27,8 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
         return any(p.rule == found.problem.rule and p.kind == found.problem.kind for p in session.problems(_MOST))
 
     name = _namer(session)
+    if plan.checker:  # every try would be a run of the program
+        return from_found(found, trace, plan.format, plan.atom, seen, name).judged_by(plan.checker)
     atoms, _ = newest(image)
     survived = [d for d in found.decisions if not d.durable]
     lost = np.array([d.offset // plan.atom for d in found.decisions if d.durable], dtype=np.int64)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import dataclass
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
 from typing import Any
 
 from powercut.crash import finding as findings
+from powercut.disk import ImageDisk
+from powercut.external import External
+from powercut.formats.qcow2.check import check
 from powercut.session import Plan, Session
 from powercut.trace import SECTOR, Trace
+from powercut.verdict import Problem, Severity
 
 _ENOUGH = 100  # problems looked at in the written state
 
@@ -30,8 +37,8 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
     session = Session(Plan(trace.path, finding.format, finding.atom), trace)
     session.advance(finding.position)
     findings.apply(finding, session.image)
-    findings.write_image(session.image, out)
-    again = session.problems(_ENOUGH)
+    findings.write_image(session.image, out, finding.patches)
+    again = _by_checker(finding, out) if finding.checker else session.problems(_ENOUGH)
     confirmed = any(problem.rule == finding.rule for problem in again)
     lines = [f"{out}: {finding.format} image after a crash before position {finding.position:,} of {trace.path}"]
     lines.append(f"  {finding.severity} ({finding.rule}): {finding.text}")
@@ -49,9 +56,23 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
     return Replayed(confirmed, "\n".join(lines), document)
 
 
+def _by_checker(finding: findings.Finding, image: str) -> list[Problem]:
+    """What the finding's checker, and then the format's own on what it left, say of a copy of `image`."""
+    with tempfile.TemporaryDirectory(prefix="powercut-", dir=os.path.dirname(image) or ".") as scratch:
+        copy = f"{scratch}/image"
+        shutil.copyfile(image, copy)
+        content, said = External(finding.checker, 0).run(copy)
+        if not content:
+            return [Problem("checker", "broken", 0, Severity.CORRUPT, said.replace(copy, image))]
+        left = [] if finding.format == "raw" else check(ImageDisk(copy)).problems
+        return [replace(problem, rule="repairs") for problem in left]
+
+
 def confirmation(finding: findings.Finding, image: str) -> list[str]:
     """Commands of QEMU's own that show the fault."""
     name = shlex.quote(image)
+    if finding.checker:
+        return [finding.checker.replace("{}", name) if "{}" in finding.checker else f"{finding.checker} {name}"]
     if finding.rule == "acknowledged":
         offset = finding.where * SECTOR
         return [f"qemu-io -r -f {finding.format} -c 'read -v {offset} {SECTOR}' {name}"]

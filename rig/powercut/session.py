@@ -1,17 +1,17 @@
-"""One walk through a trace, with a format's judge looking on."""
+"""One walk through a trace, with a judge looking on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
-from powercut.crash.disk import CrashDisk
-from powercut.crash.explore import EpochResult, Report, Unjudged, explore
+from powercut.crash.disk import CrashDisk, Deciding
+from powercut.crash.explore import EpochResult, Report, explore
 from powercut.crash.promise import Promise
 from powercut.errors import InputError
+from powercut.external import External
 from powercut.formats import Recording
 from powercut.trace import SECTOR, Trace
 from powercut.verdict import Problem
@@ -21,13 +21,17 @@ RULES = ("opens", "structure", "acknowledged")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope."""
+    """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope. `checker` is
+    a command that judges in place of the format's own checker, `recovery_depth` how many levels deep a crash inside
+    what it writes is explored."""
 
     trace: str
     format: str
     atom: int = SECTOR
     rules: tuple[str, ...] = RULES
     sets: bool = True
+    checker: str | None = None
+    recovery_depth: int = 1
 
 
 class Session:
@@ -44,7 +48,8 @@ class Session:
         base = Contents(self.trace, backing) if backing else None
         self.format = formats.find(plan.format)
         self._recording = Recording(self.image, base, self.promise, Tokens(self.trace))
-        self._judge = self.format(self._recording).judge
+        self._format = self.format(self._recording)
+        self._external = External(plan.checker, plan.recovery_depth, self._judge_alone) if plan.checker else None
 
     def advance(self, position: int) -> None:
         """Go on to a crash at `position`."""
@@ -52,31 +57,45 @@ class Session:
         if self.promise is not None:
             self.promise.advance(position)
 
-    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
-        """Judge one crash state, by the rules of the plan."""
-        rules = {"opens", *self.plan.rules}
-
-        def in_scope(problem: Problem) -> None:
-            if problem.rule in rules:
-                report(problem)
-
-        self._judge(disk, in_scope, enough)
-
-    def problems(self, most: int) -> list[Problem]:
-        """What is wrong with the image if nothing more is in flight: up to about `most` problems. The walk itself is
-        not disturbed."""
-        image, promise = self.image, self.promise
-        walk = self._judge, image.touched[:], promise.tightened[:] if promise else []
-        self._judge = self.format(self._recording).judge
-        found: list[Problem] = []
-        disk = CrashDisk(image)
-        with suppress(Unjudged):  # what was found before counts
-            disk.explore(lambda: self.judge(disk, found.append, lambda rule: len(found) >= most))
-        self._judge, image.touched[:] = walk[0], walk[1]
-        if promise is not None:
-            promise.tightened[:] = walk[2]
-        return found
-
     def explore(self, tasks: Iterable[tuple[int, int, int | None]]) -> Iterator[EpochResult]:
         """Explore the epochs (index, position, budget) of `tasks`, which ascend."""
         yield from explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets)
+
+    def problems(self, most: int) -> list[Problem]:
+        """What the format's rules find wrong with the image if nothing more is in flight: about `most` problems."""
+        found: list[Problem] = []
+
+        def keep(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
+            found.append(problem)
+
+        disk = CrashDisk(self.image)
+        disk.explore(lambda: self._judge_alone(disk, keep, lambda rule: len(found) >= most))
+        return found
+
+    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
+        """Judge one crash state: by the plan's checker, or by the format's own."""
+        if self._external is not None:
+            self._external.judge(disk, report)
+        else:
+            self._by_format(disk, report, enough)
+
+    def _by_format(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None:
+        rules = {"opens", *self.plan.rules}
+
+        def in_scope(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
+            if problem.rule in rules:
+                report(problem)
+
+        self._format.judge(disk, in_scope, enough)
+
+    def _judge_alone(self, disk: Deciding, report: Report, enough: Callable[[str], bool] = lambda rule: False) -> None:
+        """Judge by the format's rules, with no memory of the walk, which is left as it was."""
+        image, promise, walking = self.image, self.promise, self._format
+        touched, tightened = image.touched[:], promise.tightened[:] if promise else []
+        self._format = self.format(self._recording)
+        try:
+            self._by_format(disk, report, enough)
+        finally:
+            self._format, image.touched[:] = walking, touched
+            if promise is not None:
+                promise.tightened[:] = tightened

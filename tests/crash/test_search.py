@@ -145,7 +145,8 @@ def test_a_check_that_does_not_repeat_itself_is_found_out(tmp_path):
         disk.explore(lambda: [disk.read(s * SECTOR, 1) for s in ([0, 1] if next(calls) % 2 == 0 else [2, 3])])
     contents.advance(contents.position)
     result = explore_epoch(0, contents, lambda disk, report, enough: disk.read((next(calls) % 3) * SECTOR, 1))
-    assert result.unknown and not result.exhausted
+    assert result.unknown
+    assert not result.exhausted
 
 
 def test_a_budget_ends_the_search_without_claiming_exhaustion(tmp_path):

@@ -22,8 +22,9 @@ _KINDS = {
 LIES = ("flush",)
 
 
-class RecordingExport:
-    """Serves the file at `path` and records it as file `file` of the trace that `writer` writes.
+class Recorder:
+    """The side of an export that records: whatever is asked of it becomes an event of file `file` in the trace that
+    `writer` writes.
 
     `lie` names what is acknowledged and not done, as a control: "flush". The event is recorded with the flag
     LIED and counts for nothing in exploration.
@@ -31,19 +32,10 @@ class RecordingExport:
 
     block_size = SECTOR
 
-    def __init__(self, path: str | os.PathLike[str], writer: TraceWriter, file: int, lie: frozenset[str]) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self.size = os.fstat(fd).st_size
-            self._map = mmap.mmap(fd, self.size)
-        finally:
-            os.close(fd)
-        self._view = memoryview(self._map)
+    def __init__(self, writer: TraceWriter, file: int, lie: frozenset[str] = frozenset()) -> None:
         self._writer = writer
         self._file = file
         self._flush_flags = int(Flag.LIED) if "flush" in lie else 0
-
-    # What the server observes
 
     def received(self, request: Request) -> None:
         kind = _KINDS.get(request.kind)
@@ -61,7 +53,19 @@ class RecordingExport:
         if request.note is not None:
             self._writer.complete(request.note, error_number)
 
-    # The disk
+
+class RecordingExport(Recorder):
+    """Serves the file at `path` and records it."""
+
+    def __init__(self, path: str | os.PathLike[str], writer: TraceWriter, file: int, lie: frozenset[str]) -> None:
+        super().__init__(writer, file, lie)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.size = os.fstat(fd).st_size
+            self._map = mmap.mmap(fd, self.size)
+        finally:
+            os.close(fd)
+        self._view = memoryview(self._map)
 
     def read(self, offset: int, length: int) -> Data:
         return self._view[offset : offset + length]

@@ -156,6 +156,10 @@ class Contents(Durability):
             edges[atom] = rows
         return edges
 
+    def settle_rest(self) -> None:
+        super().settle_rest()
+        self._forget()
+
     def advance(self, position: int) -> None:
         super().advance(position)
         self._forget()
@@ -184,6 +188,11 @@ class Contents(Durability):
         self._in_flight = None
         self._choices.clear()
         self._reads.clear()
+
+    def writes(self) -> bool:
+        """Whether any event changes anything."""
+        kinds = self.trace.events["kind"][self.trace.events["file"] == self.file]
+        return bool(np.isin(kinds, (Kind.WRITE, Kind.ZERO, Kind.DISCARD)).any())
 
     # What may be read
 

@@ -7,12 +7,29 @@ them all by running the check again for every way its reads can turn out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.search import Search
 from powercut.disk import Bytes, Span, Variants
+
+
+class Deciding(Protocol):
+    """A disk that is decided as it is read, by a search. `written`: the ranges of sectors that a recovery wrote to."""
+
+    size: int
+    search: Search
+
+    @property
+    def written(self) -> list[tuple[int, int]]: ...
+
+    def read(self, offset: int, length: int) -> Bytes: ...
+
+    def variants(self, offset: int, length: int) -> Variants: ...
+
+    def explore(self, part: Callable[[], None]) -> None: ...
 
 
 class CrashDisk:
@@ -29,6 +46,10 @@ class CrashDisk:
         self.search = search or Search()
         self._sets = sets
         self._number = number
+
+    @property
+    def written(self) -> list[tuple[int, int]]:
+        return []
 
     def read(self, offset: int, length: int) -> Bytes:
         return self._assemble(offset, length, decide=True)[0]

@@ -8,7 +8,7 @@ the verdict is BROKEN whatever follows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +45,7 @@ class Found:
     position: int
     problem: Problem
     decisions: tuple[Chosen, ...]
+    patches: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,7 +62,10 @@ class EpochResult:
     unknown: str | None = None  # why nothing certain can be said, if so
 
 
-Report = Callable[[Problem], None]
+class Report(Protocol):
+    """Takes a broken rule. `patches` are (byte offset, content) of what a recovery wrote over the crash state."""
+
+    def __call__(self, problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None: ...
 
 
 class Judge(Protocol):
@@ -91,15 +95,17 @@ def explore_epoch(
     seen: dict[tuple[str, str, int], Found] = {}
     rules: Counter[str] = Counter()
 
-    def report(problem: Problem) -> None:
+    def report(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
         if problem.key in seen or rules[problem.rule] >= ENOUGH:
             return
         rules[problem.rule] += 1
         size = contents.atom
         decisions = tuple(
-            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0) for d in search.path
+            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0)
+            for d in search.path
+            if d.disk == 0
         )
-        seen[problem.key] = Found(contents.position, problem, decisions)
+        seen[problem.key] = Found(contents.position, problem, decisions, tuple(patches))
 
     more = MORE
 

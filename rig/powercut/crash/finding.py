@@ -8,7 +8,7 @@ legal states. JSON, schema `powercut.finding/1`; unknown versions are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -38,8 +38,16 @@ class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str = ""
 
 
+class Patch(msgspec.Struct, frozen=True):
+    """What a recovery wrote over the crash state before it was cut off itself: bytes (base64 in JSON) at `offset`."""
+
+    offset: int
+    data: bytes
+
+
 class Finding(msgspec.Struct, frozen=True):
-    """See the module. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
+    """See the module. `checker` is the command that judged, if one did; `patches` what it had written before it was
+    cut off itself. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
     what had to be on disk before what."""
 
     schema: str
@@ -58,10 +66,16 @@ class Finding(msgspec.Struct, frozen=True):
     seen: int = 1
     others: Literal["lost", "survived"] = "lost"
     order: str = ""
+    patches: list[Patch] = []
+    checker: str = ""
 
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
         return msgspec.structs.replace(self, decisions=decisions, others=others, order=order)
+
+    def judged_by(self, checker: str) -> Finding:
+        """The same finding, of the command `checker`."""
+        return msgspec.structs.replace(self, checker=checker)
 
     def of_trace(self, path: str) -> Finding:
         """The same finding, for a copy of its trace at `path`."""
@@ -94,6 +108,7 @@ def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int, ro
             for d in found.decisions
         ],
         seen=seen,
+        patches=[Patch(offset, data) for offset, data in found.patches],
     )
 
 
@@ -148,8 +163,9 @@ def apply(finding: Finding, contents: Contents) -> None:
     contents.settle_all()
 
 
-def write_image(contents: Contents, path: str) -> None:
-    """Write the durable contents as a sparse file of the image's size. The file must not exist, or is replaced."""
+def write_image(contents: Contents, path: str, patches: Sequence[Patch] = ()) -> None:
+    """Write the durable contents, with `patches` over them, as a sparse file of the image's size, in place of any file
+    at `path`."""
     step = 2048  # sectors: 1 MiB
     try:
         with open(path, "wb") as out:
@@ -161,6 +177,9 @@ def write_image(contents: Contents, path: str) -> None:
                 if data.any():
                     out.seek(first * SECTOR)
                     out.write(data.reshape(-1)[: contents.size - first * SECTOR].tobytes())
+            for patch in patches:
+                out.seek(patch.offset)
+                out.write(patch.data[: contents.size - patch.offset])
             out.truncate(contents.size)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None

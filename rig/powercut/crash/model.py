@@ -145,6 +145,11 @@ class Durability:
         for sector in sectors.tolist():
             self.others.setdefault(sector, []).append(int(self.writer[sector]) - 1)
 
+    def settle_rest(self) -> None:
+        """Make all that is in flight durable, in the order in which it was issued, and the newest the only one."""
+        self._settle(list(self.in_flight))
+        self.others.clear()
+
     def overtaken(self, event: int, sectors: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Where `event` completed before the issue of something that is durable. `sectors` ascend."""
         completed = self.completed[event]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from powercut.crash.contents import Contents, Tokens
-from powercut.crash.disk import CrashDisk
+from powercut.crash.disk import Deciding
 from powercut.crash.explore import Report
 from powercut.crash.promise import Promise
 from powercut.disk import Disk
@@ -40,7 +40,7 @@ class Format(Protocol):
     def roles(disk: Disk) -> Callable[[int], str]:
         """Names what a byte of the image is for ("L1 table", "guest data at sector 8"), as this state has it."""
 
-    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None: ...
+    def judge(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None: ...
 
 
 _TABLE = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from powercut.crash.disk import CrashDisk
+from powercut.crash.disk import Deciding
 from powercut.crash.explore import Report
 from powercut.disk import Disk
 from powercut.formats import Recording
@@ -29,7 +29,7 @@ class Raw:
     def roles(disk: Disk) -> Callable[[int], str]:
         return lambda offset: f"guest data at sector {offset // SECTOR}"
 
-    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
+    def judge(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None:
         promise, image = self._recording.promise, self._recording.image
         if promise is None:
             return

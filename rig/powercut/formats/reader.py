@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powercut.crash.contents import Contents
-from powercut.crash.disk import CrashDisk
+from powercut.crash.disk import Deciding
 from powercut.crash.explore import Report
 from powercut.formats import Recording
 from powercut.oracles.acknowledged import Locate, confirm
@@ -30,7 +30,7 @@ def suspects(recording: Recording, contents: Contents, at: Sectors, host: Sector
 
 def prove(
     recording: Recording,
-    disk: CrashDisk,
+    disk: Deciding,
     sectors: Sectors,
     locate: Locate,
     report: Report,

@@ -68,7 +68,9 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
         "trace": outcome.plan.trace,
         "format": outcome.plan.format,
         "atom": outcome.plan.atom,
-        "rules": list(outcome.plan.rules),
+        "rules": ["checker", "repairs"] if outcome.plan.checker else list(outcome.plan.rules),
+        "checker": outcome.plan.checker,
+        "recovery_depth": outcome.plan.recovery_depth if outcome.plan.checker else None,
         "scope": outcome.scope,
         "reasons": outcome.reasons,
         "coverage": {
@@ -112,7 +114,10 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     plan = outcome.plan
     lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: {plan.format}, atoms of {plan.atom} bytes"]
     lines.append(f"  covered  {covered(outcome.coverage)}, {seconds:.1f} s")
-    lines.append(f"  rules    {', '.join(plan.rules)}")
+    if plan.checker:
+        lines.append(f"  checker  {plan.checker}, crashes inside what it writes {plan.recovery_depth} deep")
+    else:
+        lines.append(f"  rules    {', '.join(plan.rules)}")
     if outcome.scope != "overlap":
         lines.append(f"  scope    {outcome.scope}: requests in flight at the same time were not recorded as such")
     lines += [f"  because  {reason}" for reason in outcome.reasons]

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from powercut.crash.disk import CrashDisk
+from powercut.crash.disk import CrashDisk, Deciding
 from powercut.crash.explore import Report, Unjudged
 from powercut.disk import Disk
 from powercut.formats import Recording
@@ -55,7 +55,7 @@ class Qcow2:
     def roles(disk: Disk) -> Callable[[int], str]:
         return roles(disk)
 
-    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
+    def judge(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None:
         result = check(disk)
         for problem in result.problems:
             if not problem.rests_on:
@@ -70,7 +70,7 @@ class Qcow2:
         if self._recording.promise is not None:
             self._acknowledged(disk, result, report, enough)
 
-    def _acknowledged(self, disk: CrashDisk, result: Check, report: Report, enough: Callable[[str], bool]) -> None:
+    def _acknowledged(self, disk: Deciding, result: Check, report: Report, enough: Callable[[str], bool]) -> None:
         """Judge every guest sector of which something changed, and remember the entries that were found legal."""
         header, mapping = result.header, result.mapping
         assert header is not None
@@ -80,6 +80,8 @@ class Qcow2:
         guest = self._changed(header, mapping.entry, mapping.bitmap)
         bitmap = None if mapping.bitmap is None else mapping.bitmap[guest]
         bad += self._suspects(header, guest, mapping.entry[guest], bitmap)
+        if disk.written:  # what a recovery wrote is not in the sets: those sectors are read one by one
+            bad.append(self._behind(header, mapping.entry, disk.written))
         others = mapping.others
         bad += self._suspects(header, others.guest, others.entry, others.bitmap)
         found = np.unique(np.concatenate(bad)) if bad else np.zeros(0, dtype=np.int64)
@@ -93,6 +95,15 @@ class Qcow2:
             self._recording.image.touched.clear()
             assert self._recording.promise is not None
             self._recording.promise.tightened.clear()
+
+    def _behind(self, header: Header, entry: U64, written: list[tuple[int, int]]) -> I64:
+        """The guest sectors that are stored in the ranges `written` of host sectors."""
+        assert self._recording.promise is not None
+        at, host = self._sectors(header, np.flatnonzero(host_offset(entry)), entry[host_offset(entry) != 0], None)
+        inside = np.zeros(len(host), dtype=np.bool_)
+        for first, last in written:
+            inside |= (first <= host) & (host < last)
+        return at[inside & (at < self._recording.promise.size // SECTOR)]
 
     def _changed(self, header: Header, entry: U64, bitmap: U64 | None) -> I64:
         """The guest clusters that must be judged, given the first content of the mapping."""
@@ -165,7 +176,7 @@ class Qcow2:
             host = np.where(allocated, stored, np.where(zeros, _NOWHERE, _BACKING))
         return at.reshape(-1), host.reshape(-1)
 
-    def _locate(self, disk: CrashDisk, result: Check, sector: int) -> tuple[Disk, int] | None:
+    def _locate(self, disk: Deciding, result: Check, sector: int) -> tuple[Disk, int] | None:
         """Where `sector` is read from, by deciding its L2 entry."""
         header = result.header
         assert header is not None
@@ -184,7 +195,7 @@ class Qcow2:
         return (disk, place) if place >= 0 else None
 
 
-def _prove(disk: CrashDisk, suspicion: Problem, report: Report) -> None:
+def _prove(disk: Deciding, suspicion: Problem, report: Report) -> None:
     """Decide what `suspicion` rests on, and check again, until it is a fact or gone."""
     now: Problem | None = suspicion
     while now is not None and now.rests_on:

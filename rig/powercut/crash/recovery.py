@@ -1,0 +1,120 @@
+"""A crash inside a recovery: what a checker wrote, over the crash state that it found.
+
+A checker that writes (a repair, an open that heals) is recorded like any program. A crash inside it leaves each atom
+with what it had, or with something the recovery wrote there, by the same fault model one level down. What the
+recovery did not touch is the state it started from, which goes on being decided as it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from powercut.crash.contents import Choice, Contents
+from powercut.crash.disk import Deciding
+from powercut.disk import Bytes, Variants
+from powercut.trace import SECTOR
+
+Patch = tuple[int, bytes]  # byte offset, content
+
+
+class RecoveredDisk:
+    """`below` with some of what `written` records done, as a state of its own.
+
+    `written` are the contents of a trace that a recovery made on `below`, at the moment of the second crash. Reading
+    decides, here and below. `level` tells it from the disks it stands on.
+    """
+
+    def __init__(self, below: Deciding, written: Contents, level: int) -> None:
+        self.size = below.size
+        self.search = below.search
+        self._below = below
+        self._contents = written
+        self._level = level
+
+    @property
+    def written(self) -> list[tuple[int, int]]:
+        """The ranges of sectors that a recovery wrote to, here or below."""
+        return self._below.written + self._contents.touched
+
+    def read(self, offset: int, length: int) -> Bytes:
+        size = self._contents.atom
+        first, last = offset // size, -(-(offset + length) // size)
+        content = self._below.read(first * size, (last - first) * size).copy()
+        self._lay_over(content.reshape(-1, size), first, last)
+        return content[offset - first * size :][:length]
+
+    def variants(self, offset: int, length: int) -> Variants:
+        return Variants(self.read(offset, length))
+
+    def explore(self, part: Callable[[], None]) -> None:
+        """Run `part` of a check for every way its reads can turn out (`Search.explore`)."""
+        self.search.explore(part)
+
+    def _lay_over(self, content: Bytes, first: int, last: int) -> None:
+        """Put what is written over `content`, the atoms first..last-1 as they are below."""
+        contents = self._contents
+        inside = slice(first, min(last, len(contents.writer)))
+        here = np.flatnonzero(contents.writer[inside])
+        content[here] = contents.take(contents.rows[inside][here])
+        flight = contents.in_flight_atoms()
+        low, high = np.searchsorted(flight.atom, (first, last))
+        for atom in np.unique(flight.atom[low:high]).tolist():
+            distinct = {content[atom - first].tobytes(): int(contents.writer[atom]) - 1}
+            for entry in np.flatnonzero(flight.atom[low:high] == atom).tolist():
+                other = contents.take(flight.rows[low + entry])[0].tobytes()
+                distinct.setdefault(other, int(flight.event[low + entry]))
+            if len(distinct) == 1:
+                continue
+            decision = self.search.decided(self._level, atom)
+            if decision is None:
+                stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
+                decision = self.search.decide(self._level, Choice(atom, stacked, tuple(distinct.values())))
+            content[atom - first] = decision.choice.contents[decision.chosen]
+
+    def patches(self) -> list[Patch]:
+        """What this state has that `below` has not, as far as it is decided: durable writes of the recovery and the
+        atoms that were decided here."""
+        contents, size = self._contents, self._contents.atom
+        here = np.flatnonzero(contents.writer)
+        done = dict(zip(here.tolist(), (row.tobytes() for row in contents.take(contents.rows[here])), strict=True))
+        for decision in self.search.path:
+            if decision.disk == self._level and decision.event >= 0:
+                done[decision.choice.atom] = decision.choice.contents[decision.chosen].tobytes()
+        below = self._below.patches() if isinstance(self._below, RecoveredDisk) else []
+        return below + [(atom * size, content) for atom, content in sorted(done.items())]
+
+
+class Overlay:
+    """A disk that takes writes and keeps them, over `disk`, which is read as it is needed."""
+
+    def __init__(self, disk: Deciding) -> None:
+        self.size = disk.size
+        self._disk = disk
+        self._pages: dict[int, bytearray] = {}
+        self._page = SECTOR  # what a page below holds is asked for, and so decided, only if a write leaves some of it
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`."""
+        first, last = offset // self._page, -(-(offset + length) // self._page)
+        if not any(page in self._pages for page in range(first, last)):
+            return self._disk.read(offset, length).tobytes()
+        content = b"".join(self._pages.get(page) or self._fetch(page) for page in range(first, last))
+        return content[offset - first * self._page :][:length]
+
+    def _fetch(self, page: int) -> bytes:
+        return self._disk.read(page * self._page, self._page).tobytes()
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Keep `data` at `offset`."""
+        place, view = offset, memoryview(data)
+        while view:
+            number, inner = divmod(place, self._page)
+            count = min(len(view), self._page - inner)
+            page = self._pages.get(number)
+            if page is None:
+                page = bytearray(self._page if count == self._page else self._fetch(number))
+                self._pages[number] = page
+            page[inner : inner + count] = view[:count]
+            place, view = place + count, view[count:]

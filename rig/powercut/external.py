@@ -1,0 +1,162 @@
+"""A program as the checker: `qemu-img check`, `qemu-img check -r all`, or a user's own, on a crash disk over NBD.
+
+The program reads the lazily decided disk through a socket: the same search, with slower leaves. What it writes is
+kept over the disk and recorded, and a crash at every moment of that recovery is explored in its turn.
+
+Two rules:
+
+    checker  the program found the state broken (for qemu-img check: exit code 2; for others: 1)
+    repairs  the program wrote, and was content, and yet the image is not: its structure is judged by the format's own
+             checker, and what the guest was promised must still be there
+
+A program that ends in any other way (a signal, a time-out, an internal error) has no opinion: UNKNOWN, never a pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from powercut.capture.nbd import Recorder
+from powercut.crash.contents import Contents
+from powercut.crash.disk import CrashDisk
+from powercut.crash.explore import Report, Unjudged
+from powercut.crash.model import epochs
+from powercut.crash.recovery import Overlay, RecoveredDisk
+from powercut.errors import EnvironmentFault, InputError
+from powercut.trace import Trace, TraceWriter
+from powercut.verdict import Problem, Severity
+from quire.nbd import Server
+from quire.nbd_protocol import Data
+
+TIMEOUT = 60.0  # seconds that one run of the program may take
+_SHOWN = 300  # characters of what the program said
+_BROKEN = {("qemu-img", "check"): (2,), ("qemu-img", "compare"): (1,)}  # exit codes; for others: 1
+_FINE = {("qemu-img", "check"): (0, 3)}  # 3: leaks only, which are legal; for others: 0
+
+Disk = CrashDisk | RecoveredDisk
+
+
+class JudgeDisk(Protocol):
+    """The format's own judgement of one state."""
+
+    def __call__(self, disk: Disk, report: Report) -> None: ...
+
+
+class _Export(Recorder):
+    """What the program gets: the disk with its own writes over it."""
+
+    def __init__(self, disk: Disk, writer: TraceWriter, file: int) -> None:
+        super().__init__(writer, file)
+        self.size = disk.size
+        self._overlay = Overlay(disk)
+
+    def read(self, offset: int, length: int) -> Data:
+        return self._overlay.read(offset, length)
+
+    def write(self, offset: int, data: Data, fua: bool) -> None:
+        self._overlay.write(offset, data)
+
+    def zero(self, offset: int, length: int, may_unmap: bool, fua: bool) -> None:
+        self._overlay.write(offset, bytes(length))
+
+    def discard(self, offset: int, length: int) -> None:
+        self._overlay.write(offset, bytes(length))
+
+    def flush(self) -> None:
+        """Nothing: what counts is the trace."""
+
+
+class External:
+    """Judges by running `command`; in it, {} stands for the image, which else comes last. Crashes inside what it
+    writes are explored `depth` levels deep. `own` judges
+    what the program left; None: nobody does. Raises InputError for no command, EnvironmentFault for a missing one."""
+
+    def __init__(self, command: str, depth: int, own: JudgeDisk | None = None) -> None:
+        try:
+            self._words = shlex.split(command)
+        except ValueError as error:
+            raise InputError(f"checker {command!r}: {error}") from None
+        if not self._words:
+            raise InputError("the checker is an empty command")
+        if shutil.which(self._words[0]) is None:
+            raise EnvironmentFault(f"checker {self._words[0]!r} was not found")
+        if not any("{}" in word for word in self._words):
+            self._words.append("{}")
+        self._depth = depth
+        self._own = own
+        kind = (Path(self._words[0]).name, self._words[1])
+        self._broken = _BROKEN.get(kind, (1,))
+        self._fine = _FINE.get(kind, (0,))
+
+    def judge(self, disk: CrashDisk, report: Report) -> None:
+        """Run the program on `disk`, and again on every crash inside what it writes."""
+        self._check(disk, self._depth, report)
+
+    def run(self, image: str) -> tuple[bool, str]:
+        """Run the program on `image`, a file or an NBD URI: whether it is content, and what it said.
+
+        Raises Unjudged if it has no opinion."""
+        words = [word.replace("{}", image) for word in self._words]
+        try:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            raise Unjudged(f"the checker did not end within {TIMEOUT:.0f} s") from None
+        said = " ".join((done.stdout + done.stderr).split())[:_SHOWN]
+        if done.returncode in self._fine:
+            return True, said
+        if done.returncode in self._broken:
+            return False, said
+        how = f"exit code {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
+        raise Unjudged(f"the checker ended with {how}: {said.replace(image, 'the image')}")
+
+    def _check(self, disk: Disk, depth: int, report: Report) -> None:
+        with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+            recording, socket = Path(scratch) / "recovery.trace", f"{scratch}/disk.sock"
+            with TraceWriter(recording, {}) as writer:
+                file = writer.file("image", disk.size, "image")
+                with Server(_Export(disk, writer, file), socket):
+                    content, said = self.run(f"nbd+unix:///?socket={socket}")
+            within = _patches(disk)
+            if not content:
+                text = f"{' '.join(self._words[:-1])}: {said.replace(socket, 'the image')}"
+                where = "" if not within else " (after a crash inside the recovery before)"
+                report(Problem("checker", "broken", 0, Severity.CORRUPT, text + where), within)
+                return
+            trace = Trace(recording)
+            written = Contents(trace, trace.files[file])
+            if not len(trace.events) or not written.writes():
+                return
+            level = self._depth - depth + 1
+            if depth > 0:
+                for position in epochs(trace, file):
+                    written.advance(position)
+                    crashed = RecoveredDisk(disk, written, level)
+                    crashed.explore(lambda crashed=crashed: self._check(crashed, depth - 1, report))  # type: ignore[misc]
+            written.advance(trace.length)
+            written.settle_rest()
+            repaired = RecoveredDisk(disk, written, level)
+            repaired.explore(lambda: self._judge_repaired(repaired, report))
+
+    def _judge_repaired(self, disk: RecoveredDisk, report: Report) -> None:
+        if self._own is None:
+            return
+
+        def told(problem: Problem, patches: object = ()) -> None:
+            text = f"after the checker was content: {problem.text}"
+            report(replace(problem, rule="repairs", text=text), disk.patches())
+
+        with contextlib.suppress(Unjudged):  # the format cannot tell; the program's word stands
+            self._own(disk, told)
+
+
+def _patches(disk: Disk) -> list[tuple[int, bytes]]:
+    return disk.patches() if isinstance(disk, RecoveredDisk) else []

@@ -1,0 +1,55 @@
+"""A crash inside a recovery against brute force: each of its states on each state it may have started from."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import given
+
+from powercut.crash.contents import Contents
+from powercut.crash.disk import CrashDisk
+from powercut.crash.model import epochs
+from powercut.crash.recovery import Overlay, RecoveredDisk
+from powercut.trace import Trace
+from support.histories import SECTOR, SECTORS, states, steps, write
+
+
+@given(first=steps(), second=steps())
+def test_every_state_of_a_crash_inside_a_recovery(first, second):
+    with tempfile.TemporaryDirectory() as scratch:
+        program, recovery = Path(scratch) / "program.trace", Path(scratch) / "recovery.trace"
+        before, after = write(program, first), write(recovery, second)
+        trace, repair = Trace(program), Trace(recovery)
+        contents, written = Contents(trace, trace.files[0]), Contents(repair, repair.files[0])
+        contents.advance(trace.length)
+        for position in epochs(repair, 0)[-2:]:
+            written.advance(position)
+            disk = RecoveredDisk(CrashDisk(contents), written, 1)
+            seen: set[bytes] = set()
+            disk.explore(lambda disk=disk, seen=seen: seen.add(disk.read(0, SECTORS * SECTOR).tobytes()))
+            wanted = set().union(*(states(after, position, start) for start in states(before, trace.length)))
+            # The recovery's trace says that sector 1 held something before; here it holds what the crash left.
+            assert seen == wanted
+
+
+@given(plan=steps())
+def test_an_overlay_keeps_writes_and_reads_the_rest_below(plan):
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "t.trace"
+        write(path, plan)
+        trace = Trace(path)
+        contents = Contents(trace, trace.files[0])
+        contents.advance(trace.length)
+        disk = CrashDisk(contents)
+
+        def check() -> None:
+            overlay = Overlay(disk)
+            overlay.write(SECTOR, b"n" * SECTOR)
+            assert not disk.search.path, "a whole sector that is overwritten need not be decided"
+            overlay.write(100, b"m" * 10)
+            below = disk.read(0, SECTORS * SECTOR).tobytes()
+            wanted = below[:100] + b"m" * 10 + below[110:SECTOR] + b"n" * SECTOR + below[2 * SECTOR :]
+            assert overlay.read(0, SECTORS * SECTOR) == wanted
+
+        disk.explore(check)

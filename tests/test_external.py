@@ -1,0 +1,129 @@
+"""Programs as checkers on crash disks: the same search, with controls that must fail."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from powercut.crash.explore import explore_epoch
+from powercut.errors import EnvironmentFault
+from powercut.record import record
+from powercut.replay import replay
+from powercut.report.outcome import save
+from powercut.run import explore_trace
+from powercut.scenario import from_options
+from powercut.session import Plan, Session
+from powercut.verdict import Verdict
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="QEMU's tools are not installed")
+
+HISTORY = ["write 0 4k", "flush", "write 64k 4k", "write 8k 4k"]
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> dict[str, Path]:
+    """Small recordings: an honest disk and one that lies."""
+    folder = tmp_path_factory.mktemp("traces")
+    made = {}
+    for name, lie in (("honest", []), ("lying", ["flush"])):
+        options = {"about": "", "expect": "HOLDS", "size": "256k", "options": {"cluster_size": "4k"}}
+        options |= {"workload": {"history": HISTORY, "depth": 1}, "record": {"lie": lie}}
+        made[name] = folder / f"{name}.trace"
+        record(from_options(options), made[name])
+    return made
+
+
+def explored(trace: Path, checker: str, depth: int = 0, budget: int | None = 3000):
+    return explore_trace(
+        Plan(str(trace), "qcow2", 512, RULES, checker=checker, recovery_depth=depth), budget=budget, jobs=1
+    )
+
+
+def script(folder: Path, text: str) -> str:
+    """A command that runs a small Python program on the image's URI."""
+    path = folder / "checker.py"
+    path.write_text(f"import subprocess, sys\nimage = sys.argv[1]\n{text}\n")
+    return f"{sys.executable} {path}"
+
+
+def test_qemu_img_check_agrees_with_our_checker(traces, figure):
+    for name, verdict in (("honest", Verdict.HOLDS), ("lying", Verdict.BROKEN)):
+        theirs = explored(traces[name], "qemu-img check -f qcow2")
+        ours = explore_trace(Plan(str(traces[name]), "qcow2", rules=("opens", "structure")), jobs=1)
+        assert theirs.verdict is verdict
+        assert ours.verdict is verdict
+        figure(f"checks by qemu-img / by our checker, {name}", f"{theirs.coverage.checks} / {ours.coverage.checks}")
+    assert {finding.rule for finding in theirs.findings} == {"checker"}
+
+
+def test_repairs_hold_and_crashes_inside_them_too(traces, figure):
+    outcome = explored(traces["honest"], "qemu-img check -f qcow2 -r all", depth=2)
+    assert outcome.verdict is Verdict.HOLDS, outcome.reasons
+    figure("checks of qemu-img check -r all with crashes inside, two deep", str(outcome.coverage.checks))
+    alone = explored(traces["honest"], "qemu-img check -f qcow2 -r all", depth=0)
+    assert alone.coverage.checks < outcome.coverage.checks, "the repairs wrote, and crashes inside were explored"
+
+
+def test_a_repair_that_destroys_is_found_and_replays(traces, tmp_path, planted):
+    """Control: a program that is content and leaves a header of zeros."""
+    command = script(tmp_path, "subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0 0 512', image], check=True)")
+    outcome = explored(traces["honest"], command)
+    found = outcome.verdict is Verdict.BROKEN and {f.rule for f in outcome.findings} == {"repairs"}
+    planted("a repair that destroys the header", found)
+    assert found
+    saved = save(outcome.findings, tmp_path / "findings")
+    assert replay(str(saved[0].path), str(tmp_path / "crash.qcow2")).confirmed
+
+
+def test_a_repair_that_is_only_wrong_when_cut_off(traces, tmp_path, planted):
+    """Control: the L1 table is zeroed, flushed, and written back: right in the end, and fatal in between."""
+    text = """
+open_raw = ['qemu-io', '-f', 'raw']
+shown = subprocess.run([*open_raw, '-r', '-c', 'read -v 12288 8', image], capture_output=True, text=True).stdout
+first = bytes(int(word, 16) for word in shown.split(':')[1].split()[:8])
+if not any(first):
+    sys.exit(1)
+open(sys.argv[0] + '.sector', 'wb').write(first.ljust(512, bytes(1)))
+subprocess.run([*open_raw, '-c', 'write -P 0 12288 512', '-c', 'flush', image], check=True)
+subprocess.run([*open_raw, '-c', f'write -s {sys.argv[0]}.sector 12288 512', '-c', 'flush', image], check=True)
+"""
+    command = script(tmp_path, text)
+    # Until the first L1 entry is on disk the program would call every image broken: so the last epoch only.
+    results = {}
+    for depth in (0, 1):
+        session = Session(Plan(str(traces["honest"]), "qcow2", checker=command, recovery_depth=depth))
+        session.advance(session.trace.length)
+        results[depth] = explore_epoch(0, session.image, session.judge, budget=500)
+    planted("a repair that is fatal when it is cut off", bool(results[1].found))
+    assert not results[0].found
+    assert [found.problem.rule for found in results[1].found] == ["checker"]
+    assert results[1].found[0].patches
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("sys.exit(7)", "exit code 7"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+        ("print('\\udcff garbage'.encode('utf-8', 'surrogateescape')); sys.exit(250)", "exit code 250"),
+    ],
+)
+def test_a_checker_without_an_opinion_is_never_a_pass(traces, tmp_path, text, why):
+    outcome = explored(traces["honest"], script(tmp_path, text))
+    assert outcome.verdict is Verdict.UNKNOWN
+    assert why in outcome.reasons[0]
+
+
+def test_a_checker_that_hangs(traces, tmp_path, monkeypatch):
+    monkeypatch.setattr("powercut.external.TIMEOUT", 0.2)
+    outcome = explored(traces["honest"], script(tmp_path, "import time; time.sleep(60)"), budget=20)
+    assert outcome.verdict is Verdict.UNKNOWN
+    assert any("did not end" in reason for reason in outcome.reasons)
+
+
+def test_a_missing_checker():
+    with pytest.raises(EnvironmentFault, match="no-such-program"):
+        explored(Path(__file__).parents[1] / "scenarios" / "shipped-qcow2.trace", "no-such-program check")
