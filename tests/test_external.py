@@ -37,9 +37,7 @@ def traces(tmp_path_factory) -> dict[str, Path]:
 
 
 def explored(trace: Path, checker: str, depth: int = 0, budget: int | None = 3000):
-    return explore_trace(
-        Plan(str(trace), "qcow2", 512, RULES, checker=checker, recovery_depth=depth), budget=budget, jobs=1
-    )
+    return explore_trace(Plan(str(trace), "qcow2", checker=checker, recovery_depth=depth), budget=budget, jobs=1)
 
 
 def script(folder: Path, text: str) -> str:
