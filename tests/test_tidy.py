@@ -24,6 +24,7 @@ FLOORS = [
     {"session"},
     {"explain"},
     {"run", "record", "races"},
+    {"bundle"},
     {"gate", "replay", "inspection", "compare"},
     {"cli", "__main__"},
 ]

@@ -239,6 +239,13 @@ def show(trace: str, events: bool, json_path: str | None) -> None:
     show_default=True,
     help="Explore crashes inside what the checker writes.",
 )
+@click.option(
+    "--lying-flushes",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="So many of the last flushes before each crash did nothing.",
+)
 @click.option("--budget", type=click.IntRange(1), help="At most this many checks.  [default: until exhausted]")
 @click.option(
     "--rule",
@@ -256,6 +263,7 @@ def explore(
     atom: str,
     checker: str | None,
     recovery_depth: int,
+    lying_flushes: int,
     budget: int | None,
     rules: tuple[str, ...],
     jobs: int | None,
@@ -272,7 +280,15 @@ def explore(
     format_name = format_name or str(Trace(trace).meta.get("format", ""))
     if not format_name:
         raise click.UsageError(f"{trace} does not say which format it is of: give --format")
-    plan = Plan(trace, format_name, int(atom), rules or RULES, checker=checker, recovery_depth=recovery_depth)
+    plan = Plan(
+        trace,
+        format_name,
+        int(atom),
+        rules or RULES,
+        checker=checker,
+        recovery_depth=recovery_depth,
+        lying=lying_flushes,
+    )
     begin = time.monotonic()
     with progress("exploring") as show_progress:
         result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)
@@ -298,6 +314,18 @@ def replay(finding: str, out: str, trace_path: str | None, json_path: str | None
         click.echo(result.text)
     document.write(result.document, json_path)
     sys.exit(0 if result.confirmed else 3)
+
+
+@main.command()
+@click.argument("finding")
+@click.option("--out", required=True, metavar="FILE", help="The bundle to write.")
+@click.option("--trace", "trace_path", help="Where the trace is, if it was moved.")
+def bundle(finding: str, out: str, trace_path: str | None) -> None:
+    """Put a FINDING and its trace into one file, which `replay` reads."""
+    from powercut import bundle as bundler
+
+    bundler.write(finding, out, trace_path)
+    click.echo(f"{out}: powercut replay {out} --out crash.img")
 
 
 @main.command()
@@ -339,6 +367,66 @@ def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, json_path: s
     results = gatekeeper.run_all(scenarios, jobs, save, quiet=json_path == "-")
     document.write(gatekeeper.document(results), json_path)
     sys.exit(gatekeeper.exit_code(results))
+
+
+@main.command()
+@click.argument("format")
+@click.option("--time", "limit", metavar="TIME", help="Draw no more after this: 90s, 5m, 1h.  [default: 1m]")
+@click.option("--examples", type=click.IntRange(1), help="Draw no more after this many recordings.")
+@click.option("--seed", type=int, help="What histories are drawn from.  [default: another one each time]")
+@click.option("--with", "extra", default="", metavar="KINDS", help="Also: zero, discard (with a comma between).")
+@click.option("--systematic", type=click.IntRange(1), metavar="N", help="All histories of up to N operations.")
+@click.option(
+    "--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control)."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Processes to use (systematic only).  [default: all cores]")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    default=Path("powercut-fuzz"),
+    show_default=True,
+    metavar="DIR",
+    help="Where scenarios of what was found are written.",
+)
+@JSON
+def fuzz(
+    format: str,
+    limit: str | None,
+    examples: int | None,
+    seed: int | None,
+    extra: str,
+    systematic: int | None,
+    lie: tuple[str, ...],
+    jobs: int | None,
+    save: Path,
+    json_path: str | None,
+) -> None:
+    """Try short histories on FORMAT, and shrink one that breaks to the shortest.
+
+    Exits 1 if one was found; else 3 (UNKNOWN: a sample is no proof), or 0 if all that --systematic names held.
+    """
+    from powercut import fuzz as fuzzer
+    from powercut.report import document
+    from powercut.report import fuzz as report
+    from powercut.report.text import progress
+
+    with progress("trying") as show:
+        result = fuzzer.search(
+            format,
+            save,
+            extra=extra,
+            limit=limit,
+            seed=seed,
+            examples=examples,
+            longest=systematic,
+            lie=lie,
+            jobs=jobs,
+            progress=show,
+        )
+    if json_path != "-":
+        click.echo(report.text(result))
+    document.write(report.document(result), json_path)
+    sys.exit(result.verdict.exit_code)
 
 
 if __name__ == "__main__":

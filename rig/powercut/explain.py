@@ -28,7 +28,7 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
 
     name = _namer(session)
     if plan.checker:  # every try would be a run of the program
-        return from_found(found, trace, plan.format, plan.atom, seen, name).judged_by(plan.checker)
+        return from_found(found, trace, plan, seen, name)
     atoms, _ = newest(image)
     survived = [d for d in found.decisions if not d.durable]
     lost = np.array([d.offset // plan.atom for d in found.decisions if d.durable], dtype=np.int64)
@@ -36,7 +36,7 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
         kept = np.array([d.offset // plan.atom for d in survived], dtype=np.int64)
         lost = np.setdiff1d(atoms[[bool(image.choices(a, a + 1)) for a in atoms.tolist()]], kept)
     fewest = lost_atoms(image, lost, breaks) if 0 < len(lost) <= _SHRUNK else None
-    finding = from_found(found, trace, plan.format, plan.atom, seen, name)
+    finding = from_found(found, trace, plan, seen, name)
     losers = sorted({name(int(atom) * plan.atom) for atom in (lost if fewest is None else fewest)})
     if not losers or len(losers) > 4:
         return finding

@@ -6,9 +6,11 @@ import os
 import shlex
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
 
+from powercut import bundle
 from powercut.crash import finding as findings
 from powercut.disk import ImageDisk
 from powercut.external import External
@@ -30,11 +32,14 @@ class Replayed:
 
 
 def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
-    """Write the crash image of the finding in file `path` to `out`. Raises InputError."""
+    """Write the crash image of the finding in file `path` (or in a bundle) to `out`. Raises InputError."""
+    if zipfile.is_zipfile(path):
+        with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+            return replay(bundle.unpack(path, scratch), out)
     finding = findings.load(path)
     trace = Trace(trace_path or finding.trace)
     trace.verify()
-    session = Session(Plan(trace.path, finding.format, finding.atom), trace)
+    session = Session(Plan(trace.path, finding.format, finding.atom, lying=finding.lying), trace)
     session.advance(finding.position)
     findings.apply(finding, session.image)
     findings.write_image(session.image, out, finding.patches)

@@ -23,7 +23,7 @@ RULES = ("opens", "structure", "acknowledged")
 class Plan:
     """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope. `checker` is
     a command that judges in place of the format's own checker, `recovery_depth` how many levels deep a crash inside
-    what it writes is explored."""
+    what it writes is explored. `lying`: so many of the last flushes before each crash did nothing."""
 
     trace: str
     format: str
@@ -32,6 +32,7 @@ class Plan:
     sets: bool = True
     checker: str | None = None
     recovery_depth: int = 1
+    lying: int = 0
 
 
 class Session:
@@ -43,7 +44,7 @@ class Session:
         image, guest, backing = (self.trace.file(role) for role in ("image", "guest", "backing"))
         if image is None:
             raise InputError(f"{plan.trace}: has no image")
-        self.image = Contents(self.trace, image, plan.atom)
+        self.image = Contents(self.trace, image, plan.atom, plan.lying)
         self.promise = Promise(self.trace, guest) if guest and "acknowledged" in plan.rules else None
         base = Contents(self.trace, backing) if backing else None
         self.format = formats.find(plan.format)

@@ -55,6 +55,18 @@ def test_every_state_and_no_other(plan):
             assert states(events, t) <= union, "an epoch's end must stand for every moment in it"
 
 
+@given(plan=steps(), lying=st.integers(1, 3))
+def test_last_flushes_that_lied(plan, lying):
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "t.trace"
+        events = write(path, plan)
+        trace = Trace(path)
+        contents = Contents(trace, trace.files[0], lying=lying)
+        for position in epochs(trace, 0):
+            contents.advance(position)
+            assert all_states(contents)[0] == states(events, position, lying=lying)
+
+
 @given(plan=steps(), seed=st.integers(0, 1 << 16))
 def test_lazy_check_finds_a_bad_state_exactly_if_there_is_one(plan, seed):
     """A check that reads a sector, and depending on it another, and so on: BROKEN exactly where brute force says so."""

@@ -93,7 +93,7 @@ def write(path: Path, plan: list[Step]) -> list[Event]:
     return events
 
 
-def sector_states(events: list[Event], t: int, sector: int, initial: bytes | None = None) -> set[bytes]:
+def sector_states(events: list[Event], t: int, sector: int, initial: bytes | None = None, lying: int = 0) -> set[bytes]:
     """Everything that `sector` may hold after a crash before position `t`, by definition. Whole sectors only."""
     if initial is None:
         initial = (b"\xff" if sector == 1 else b"\0") * SECTOR
@@ -101,6 +101,7 @@ def sector_states(events: list[Event], t: int, sector: int, initial: bytes | Non
         e for e in events
         if e.kind is Kind.FLUSH and not e.flags & Flag.LIED and e.completed is not None and e.completed < t and not e.result
     ]  # fmt: skip
+    flushes = sorted(flushes, key=lambda e: e.completed)[: max(0, len(flushes) - lying)]
     here = [
         e for e in events
         if e.kind in (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
@@ -131,8 +132,9 @@ def _result_at(self: Event, t: int) -> int:
 Event.result_at = _result_at  # type: ignore[attr-defined]
 
 
-def states(events: list[Event], t: int, start: bytes | None = None) -> set[bytes]:
-    """Every state of the whole disk after a crash before position `t`, if it held `start` when recording began."""
+def states(events: list[Event], t: int, start: bytes | None = None, lying: int = 0) -> set[bytes]:
+    """Every state of the whole disk after a crash before position `t`, if it held `start` when recording began and
+    the last `lying` flushes did nothing."""
     initial = [None if start is None else start[s * SECTOR : (s + 1) * SECTOR] for s in range(SECTORS)]
-    per_sector = [sorted(sector_states(events, t, sector, initial[sector])) for sector in range(SECTORS)]
+    per_sector = [sorted(sector_states(events, t, sector, initial[sector], lying)) for sector in range(SECTORS)]
     return {b"".join(combination) for combination in itertools.product(*per_sector)}

@@ -71,8 +71,8 @@ class Contents(Durability):
     `atom` is the size in bytes of what the disk writes in one piece: a multiple of 512.
     """
 
-    def __init__(self, trace: Trace, file: FileInfo, atom: int = SECTOR) -> None:
-        super().__init__(trace, file.id)
+    def __init__(self, trace: Trace, file: FileInfo, atom: int = SECTOR, lying: int = 0) -> None:
+        super().__init__(trace, file.id, lying)
         self.size = file.size
         self.atom = atom
         self.per_atom = atom // SECTOR

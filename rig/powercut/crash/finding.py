@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -68,14 +68,11 @@ class Finding(msgspec.Struct, frozen=True):
     order: str = ""
     patches: list[Patch] = []
     checker: str = ""
+    lying: int = 0
 
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
         return msgspec.structs.replace(self, decisions=decisions, others=others, order=order)
-
-    def judged_by(self, checker: str) -> Finding:
-        """The same finding, of the command `checker`."""
-        return msgspec.structs.replace(self, checker=checker)
 
     def of_trace(self, path: str) -> Finding:
         """The same finding, for a copy of its trace at `path`."""
@@ -83,11 +80,23 @@ class Finding(msgspec.Struct, frozen=True):
 
     def save(self, path: Path) -> None:
         """Write the finding; the trace's path becomes relative to it."""
-        relative = os.path.relpath(self.trace, path.parent)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(self, trace=relative))))
+        path.write_bytes(encode(self.of_trace(os.path.relpath(self.trace, path.parent))))
 
 
-def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int, role: Callable[[int], str]) -> Finding:
+class Planned(Protocol):
+    """How the trace was explored (`powercut.session.Plan`)."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def atom(self) -> int: ...
+    @property
+    def checker(self) -> str | None: ...
+    @property
+    def lying(self) -> int: ...
+
+
+def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Callable[[int], str]) -> Finding:
     """The finding for what the search found in `trace`; `role` says what the byte at an offset is for."""
     problem = found.problem
     return Finding(
@@ -95,8 +104,10 @@ def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int, ro
         powercut=__version__,
         trace=trace.path,
         trace_hash=trace.hash,
-        format=format,
-        atom=atom,
+        format=plan.format,
+        atom=plan.atom,
+        checker=plan.checker or "",
+        lying=plan.lying,
         position=found.position,
         rule=problem.rule,
         kind=problem.kind,
@@ -110,6 +121,11 @@ def from_found(found: Found, trace: Trace, format: str, atom: int, seen: int, ro
         seen=seen,
         patches=[Patch(offset, data) for offset, data in found.patches],
     )
+
+
+def encode(finding: Finding) -> bytes:
+    """The finding as JSON, as it stands."""
+    return msgspec.json.format(msgspec.json.encode(finding))
 
 
 def describe(trace: Trace, event: int) -> str:
@@ -135,14 +151,18 @@ def load(path: str) -> Finding:
     return msgspec.structs.replace(finding, trace=beside)
 
 
-def apply(finding: Finding, contents: Contents) -> None:
-    """Make the finding's decisions durable in `contents`, which stand at its crash, and let nothing be in flight.
-    Raises InputError if the decisions do not fit."""
-    trace = contents.trace
+def same_trace(finding: Finding, trace: Trace) -> None:
+    """Raise InputError if `trace` is not the one that the finding is about."""
     if trace.hash != finding.trace_hash:
         raise InputError(
             f"{trace.path}: another trace than the finding's (hash {trace.hash}, not {finding.trace_hash})"
         )
+
+
+def apply(finding: Finding, contents: Contents) -> None:
+    """Make the finding's decisions durable in `contents`, which stand at its crash, and let nothing be in flight.
+    Raises InputError if the decisions do not fit."""
+    same_trace(finding, contents.trace)
     flight = contents.in_flight_atoms()
     lost = [decided.offset // finding.atom for decided in finding.decisions if decided.lost]
     inner = np.arange(contents.per_atom)

@@ -62,10 +62,10 @@ class Durability:
     durable there (0: the initial content); `in_flight` lists the indices of events in flight.
 
     `others[sector]` lists further durable events that may have been the last on it, which happens only
-    where requests overlapped in time and place.
+    where requests overlapped in time and place. `lying` is how many of the last flushes before a crash did nothing.
     """
 
-    def __init__(self, trace: Trace, file: int) -> None:
+    def __init__(self, trace: Trace, file: int, lying: int = 0) -> None:
         self.trace = trace
         self.file = file
         self.position = 0
@@ -94,7 +94,9 @@ class Durability:
         self.overtaking = bool(self.failed) or bool(fua[mine].any())
         # The steps of this file's history: (position, what, event), what being 0 enter, 1 flush done, 2 FUA done.
         steps = [(self.issued[e], 0, e) for e in mine[changes].tolist()]
-        steps += [(self.completed[e], 1, e) for e in mine[flush[mine]].tolist()]
+        # A flush takes effect when it completes; if the last k lied, when the k-th after it does.
+        flushes = sorted(mine[flush[mine]].tolist(), key=self.completed.__getitem__)
+        steps += [(self.completed[late], 1, e) for e, late in zip(flushes, flushes[lying:], strict=False)]
         steps += [(self.completed[e], 2, e) for e in mine[changes & (fua & done)[mine]].tolist()]
         self._steps = sorted(steps)
         self._next = 0

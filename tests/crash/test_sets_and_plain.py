@@ -1,0 +1,215 @@
+"""On real recordings: the search over sets against the plain search, and faults of order planted into honest traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powercut import run
+from powercut.record import record
+from powercut.scenario import from_options
+from powercut.trace import Flag, Kind, Trace, TraceWriter
+from powercut.verdict import Verdict
+from support.qemu import needs_qemu
+
+pytestmark = needs_qemu
+
+
+def made(
+    folder: Path, name: str, *, cluster: str = "64k", lie: bool = False, extra: bool = False, depth: int = 1
+) -> Path:
+    trace = folder / f"{name}.trace"
+    about = {
+        "about": "",
+        "expect": "HOLDS",
+        "size": "4M",
+        "options": {"cluster_size": cluster},
+        "workload": {"operations": 60, "seed": 7, "depth": depth, "with": ["zero", "discard"] if extra else []},
+        "record": {"lie": ["flush"] if lie else []},
+    }
+    record(from_options(about), trace)
+    return trace
+
+
+def explored(trace: Path, *, sets: bool = True, budget: int | None = None) -> run.Outcome:
+    return run.explore_trace(run.Plan(str(trace), "qcow2", sets=sets), jobs=1, budget=budget)
+
+
+# ---- sets and plain
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["writes", "zero,discard"])
+@pytest.mark.parametrize("lie", [False, True], ids=["honest", "lying"])
+@pytest.mark.parametrize("cluster", ["4k", "64k"])
+def test_sets_and_the_plain_search_say_the_same(tmp_path, figure, cluster, lie, extra):
+    trace = made(tmp_path, "t", cluster=cluster, lie=lie, extra=extra, depth=4)
+    sets, plain = explored(trace), explored(trace, sets=False, budget=3000)
+    name = f"qcow2 {cluster} {'lying' if lie else 'honest'}{' zero,discard' if extra else ''}, checks by sets / plain"
+    more = "" if plain.coverage.exhausted or plain.verdict is Verdict.BROKEN else " (budget spent)"
+    figure(name, f"{sets.coverage.checks:,} / {plain.coverage.checks:,}{more}, {sets.verdict} / {plain.verdict}")
+    assert (sets.coverage.epochs, sets.coverage.log2_states) == (plain.coverage.epochs, plain.coverage.log2_states)
+    if plain.verdict is Verdict.UNKNOWN:
+        assert sets.verdict is not Verdict.UNKNOWN
+        return
+    assert sets.verdict is plain.verdict
+    broken = {finding.rule for finding in plain.findings}
+    assert broken <= {finding.rule for finding in sets.findings}
+    if plain.coverage.exhausted:
+        assert broken == {finding.rule for finding in sets.findings}
+    if lie:
+        assert sets.verdict is Verdict.BROKEN
+
+
+# ---- faults of order
+
+Step = tuple[str, int]  # "issue" or "complete", and the index of the event
+
+
+def steps_of(trace: Trace) -> list[Step]:
+    """The order in which events were issued and completed."""
+    events = trace.events
+    steps = [(int(p), "issue", i) for i, p in enumerate(events["issued"])]
+    steps += [(int(p), "complete", i) for i, p in enumerate(events["completed"]) if p < trace.length]
+    return [(what, i) for _, what, i in sorted(steps)]
+
+
+def rewritten(trace: Trace, out: Path, steps: list[Step], lied: frozenset[int] = frozenset()) -> Path:
+    """A copy of `trace` with its events in the order of `steps`; those that `steps` lacks never happened, and those
+    of `lied` were acknowledged and not done."""
+    guest = trace.file("guest")
+    with TraceWriter(out, trace.meta) as writer:
+        for info in trace.files:
+            writer.file(info.name, info.size, info.role)
+        for file, offset, length, row in trace.bases.tolist():
+            writer.base(file, offset, trace.rows[row : row + length // 512].tobytes())
+        positions: dict[int, int] = {}
+        for what, i in steps:
+            event = trace.events[i]
+            if what == "complete":
+                writer.complete(positions[i], int(event["result"]))
+                continue
+            kind, file = Kind(event["kind"]), int(event["file"])
+            bears = kind is Kind.WRITE and (guest is None or file != guest.id)
+            positions[i] = writer.issue(
+                kind,
+                file,
+                int(event["offset"]),
+                int(event["length"]),
+                data=bytes(trace.payload(event)) if bears else None,
+                flags=int(event["flags"]) | (int(Flag.LIED) if i in lied else 0),
+                ref=int(event["ref"]),
+            )
+    return out
+
+
+def image_events(trace: Trace, kind: Kind) -> list[int]:
+    image = trace.file("image")
+    assert image is not None
+    return np.flatnonzero((trace.events["file"] == image.id) & (trace.events["kind"] == kind)).tolist()
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """Small clusters and one request at a time: metadata is updated all the time, and each flush is there for one
+    reason."""
+    trace = made(tmp_path_factory.mktemp("honest"), "honest", cluster="4k")
+    return Trace(trace)
+
+
+def test_control_a_copy_is_the_same_trace(tmp_path, honest):
+    """Copied without a fault it still holds, event by event the same."""
+    copy = rewritten(honest, tmp_path / "t", steps_of(honest))
+    assert (Trace(copy).events[["kind", "offset", "length", "completed"]]
+            == honest.events[["kind", "offset", "length", "completed"]]).all()  # fmt: skip
+    outcome, before = explored(copy), explored(Path(honest.path))
+    assert outcome.verdict is Verdict.HOLDS
+    assert outcome.coverage == before.coverage
+
+
+Drop = Callable[[int], bool]
+
+
+def needed(trace: Trace) -> list[int]:
+    """The image's flushes that some acknowledged flush of the guest waits for, alone, with a write of the image's
+    before it that no other flush covers in time: without such a one, what the guest was told is not true."""
+    events, guest = trace.events, trace.file("guest")
+    assert guest is not None
+    flushes, writes = image_events(trace, Kind.FLUSH), image_events(trace, Kind.WRITE)
+    asked = np.flatnonzero((events["file"] == guest.id) & (events["kind"] == Kind.FLUSH))
+    found = []
+    for begin, end in events[asked][["issued", "completed"]].tolist():
+        inside = [f for f in flushes if begin < events["issued"][f] and events["completed"][f] < end]
+        if len(inside) != 1:
+            continue
+        (flush,) = inside
+        since = max((int(events["issued"][f]) for f in flushes if f < flush), default=-1)
+        if any(since < events["completed"][w] < events["issued"][flush] for w in writes):
+            found.append(flush)
+    return found
+
+
+@pytest.mark.parametrize("how", ["dropped", "lied about"])
+def test_each_flush_in_turn(tmp_path, honest, planted, figure, how):
+    """A flush is harmless to lose only if another one covers the same writes before anybody relies on them.
+
+    One that is the only flush behind an acknowledged guest flush, with new writes under it, is relied on at once:
+    each of these must be found. The others order one metadata update before another, or have nothing new to cover;
+    losing such a one may be made good by the next.
+    """
+    steps, flushes = steps_of(honest), image_events(honest, Kind.FLUSH)
+    must = needed(honest)
+    assert len(must) >= 3, "the workload gives the test something to find"
+    found = []
+    for flush in flushes:
+        lied = frozenset({flush}) if how == "lied about" else frozenset()
+        kept = steps if lied else [step for step in steps if step[1] != flush]
+        outcome = explored(rewritten(honest, tmp_path / "t", kept, lied))
+        if outcome.verdict is Verdict.BROKEN:
+            found.append(flush)
+        if flush in must:
+            planted(f"flush {flush} {how}", outcome.verdict is Verdict.BROKEN)
+    figure(f"one flush {how}: found broken", f"{len(found)}/{len(flushes)}, of those that must be {len(must)}")
+    assert set(must) <= set(found)
+
+
+@pytest.mark.parametrize("how", ["dropped", "lied about"])
+def test_all_flushes_at_once(tmp_path, honest, planted, how):
+    steps, flushes = steps_of(honest), frozenset(image_events(honest, Kind.FLUSH))
+    kept = steps if how == "lied about" else [step for step in steps if step[1] not in flushes]
+    lied = flushes if how == "lied about" else frozenset()
+    outcome = explored(rewritten(honest, tmp_path / "t", kept, lied))
+    planted(f"all flushes {how}", outcome.verdict is Verdict.BROKEN)
+    assert outcome.verdict is Verdict.BROKEN
+
+
+def test_writes_swapped_across_a_flush(tmp_path, honest, planted, figure):
+    """The last write before a flush goes to where the first one after it was, and that one to its place.
+
+    Whether that is a fault depends on what the two are. The earlier one arriving late breaks what the flush promised
+    wherever it is relied on; two refcount updates of clusters that nothing points to yet may change places freely.
+    """
+    steps = steps_of(honest)
+    writes, flushes = set(image_events(honest, Kind.WRITE)), image_events(honest, Kind.FLUSH)
+    must = set(needed(honest))
+    tried = found = 0
+    late_found, late = 0, 0
+    for flush in flushes:
+        at = steps.index(("issue", flush))
+        before = next((i for what, i in reversed(steps[:at]) if what == "issue" and i in writes), None)
+        after = next((i for what, i in steps[at:] if what == "issue" and i in writes), None)
+        if before is None or after is None:
+            continue
+        swap = {before: after, after: before}
+        outcome = explored(rewritten(honest, tmp_path / "t", [(what, swap.get(i, i)) for what, i in steps]))
+        tried += 1
+        found += outcome.verdict is Verdict.BROKEN
+        if flush in must:
+            late += 1
+            late_found += outcome.verdict is Verdict.BROKEN
+    figure("two writes swapped across a flush: found broken", f"{found}/{tried}; of guest flushes {late_found}/{late}")
+    planted("writes swapped across a flush, somewhere", found > 0)
+    assert tried >= 5
+    assert found > 0
