@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from powercut import record, run
+from powercut import formats, record, run
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
 from powercut.report import outcome as reports
@@ -59,7 +59,7 @@ def collect(paths: Sequence[Path]) -> list[Path]:
 def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool = False) -> list[Result]:
     """Run every scenario, printing a line for each unless `quiet`. Raises InputError for a bad scenario file, before
     any is run."""
-    scenarios = [(file, load(file)) for file in collect(paths)]
+    scenarios = [(file, _load(file)) for file in collect(paths)]
     width = max(len(scenario.name) for _, scenario in scenarios)
     try:
         qemu: str | None = version()
@@ -89,6 +89,16 @@ def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool 
     return results
 
 
+def _load(file: Path) -> Scenario:
+    scenario = load(file)
+    try:
+        formats.find(scenario.format)
+        record.operations(scenario)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return scenario
+
+
 def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         if scenario.trace is not None:
@@ -97,7 +107,7 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
             trace = Path(scratch) / f"{scenario.name}.trace"
             with progress(f"recording {scenario.name}") as show:
                 record.record(scenario, trace, show)
-        plan = Plan(str(trace), scenario.format, scenario.explore.atom, scenario.explore.rules)
+        plan = plan_of(scenario, trace)
         with progress(f"exploring {scenario.name}") as show:
             outcome = run.explore_trace(plan, budget=scenario.explore.budget, jobs=jobs, progress=show)
         result = _judge(scenario, outcome, qemu)
@@ -109,6 +119,20 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
                 outcome.findings[i] = finding.of_trace(str(kept))
             result.saved = reports.save(outcome.findings, save / f"{scenario.name}.findings")
         return result
+
+
+def plan_of(scenario: Scenario, trace: Path) -> Plan:
+    """How a scenario wants its trace explored."""
+    explore = scenario.explore
+    return Plan(
+        str(trace),
+        scenario.format,
+        explore.atom,
+        explore.rules,
+        checker=explore.checker,
+        recovery_depth=explore.recovery_depth,
+        lying=explore.lying_flushes,
+    )
 
 
 def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:

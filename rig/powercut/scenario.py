@@ -42,11 +42,15 @@ class Recording(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
-    """How crash states are explored. `budget`: at most so many checks."""
+    """How crash states are explored. `budget`: at most so many checks. `checker`: a command that judges, with crashes
+    inside what it writes `recovery_depth` deep. `lying_flushes`: so many of the last flushes did nothing."""
 
     atom: Literal[512, 4096] = 512
     budget: Positive | None = None
     rules: tuple[Literal["opens", "structure", "acknowledged"], ...] = ("opens", "structure", "acknowledged")
+    checker: str | None = None
+    recovery_depth: Annotated[int, Meta(ge=0)] = 1
+    lying_flushes: Annotated[int, Meta(ge=0)] = 0
 
 
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +67,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     workload: Workload = Workload()
     record: Recording = Recording()
     explore: Exploration = Exploration()
-    rule: Literal["opens", "structure", "acknowledged"] | None = None
+    rule: Literal["opens", "structure", "acknowledged", "checker", "repairs"] | None = None
     qemu: tuple[str, ...] = ()
     trace: str | None = None
     name: str = ""
@@ -93,8 +97,8 @@ def load(path: Path) -> Scenario:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        line = re.search(r"\(at line (\d+)", str(error))
-        raise InputError(f"{path}{f':{line[1]}' if line else ''}: {error}") from None
+        where = re.search(r"\(at line (\d+)", str(error))
+        raise InputError(f"{path}{f':{where[1]}' if where else ''}: {error}") from None
     except msgspec.ValidationError as error:
         raise InputError(f"{path}{_line(text, str(error))}: {error}") from None
     for key, value in (("size", scenario.size), ("backing", scenario.backing)):
