@@ -16,6 +16,7 @@ from powercut.formats import Recording
 from powercut.trace import SECTOR, Trace
 from powercut.verdict import Problem
 
+_RELEASE = 32  # epochs after which memory is given back
 RULES = ("opens", "structure", "acknowledged")
 
 
@@ -60,7 +61,10 @@ class Session:
 
     def explore(self, tasks: Iterable[tuple[int, int, int | None]]) -> Iterator[EpochResult]:
         """Explore the epochs (index, position, budget) of `tasks`, which ascend."""
-        yield from explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets)
+        for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets):
+            yield result
+            if result.index % _RELEASE == 0:
+                self.trace.release()
 
     def problems(self, most: int) -> list[Problem]:
         """What the format's rules find wrong with the image if nothing more is in flight: about `most` problems."""

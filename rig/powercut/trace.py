@@ -73,6 +73,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 64
+_RELEASE = 256 << 20
 _WAITING = 64  # records without payload that may wait to be written
 _HEADER = struct.Struct("<BBHQQQQQQiI")  # RECORD without its crc
 
@@ -321,7 +322,11 @@ class Trace:
         digests = xxhash.xxh3_128()
         self._payloads: list[tuple[int, int, int]] = []
         place, position = 2 * SECTOR, 0
+        released = place
         while place < size:
+            if place - released > _RELEASE:
+                self.release()
+                released = place
             if place + RECORD.itemsize > size:
                 self.truncated = f"{self.path}: ends within the record at byte {place}; read up to there"
                 break
@@ -404,11 +409,21 @@ class Trace:
     def verify(self) -> None:
         """Compare every payload with its digest. Raises InputError naming the first that differs."""
         view = memoryview(self._map)
+        read = 0
         for begin, stored, digest in self._payloads:
             if xxhash.xxh3_64_intdigest(view[begin : begin + stored]) != digest:
                 raise InputError(
                     f"{self.path}: damaged payload at byte {begin} ({stored} bytes): digest does not match"
                 )
+            read += stored
+            if read >= _RELEASE:
+                self.release()
+                read = 0
+        self.release()
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; it stays in the system's cache. Call it now and then."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def payload(self, event: np.void) -> memoryview:
         """The bytes of a write event."""
