@@ -147,6 +147,8 @@ def load(path: str) -> Finding:
         raise InputError(f"{path}: not a finding: {error}") from None
     if finding.schema != SCHEMA:
         raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {SCHEMA!r}")
+    if finding.atom <= 0 or finding.atom % SECTOR:
+        raise InputError(f"{path}: atom {finding.atom} is not a multiple of {SECTOR} bytes")
     beside = os.path.normpath(os.path.join(os.path.dirname(path), finding.trace))
     return msgspec.structs.replace(finding, trace=beside)
 

@@ -169,7 +169,7 @@ def test_a_disagreement_would_be_noticed() -> None:
     """The control of the comparison itself."""
     tally = Tally()
     secret = "qemu-img: Could not open 'image.qcow2': Parameter 'encrypt.key-secret' is required for cipher"
-    found = Check(None, True, [], 0, 0, 0, 0, "", True)
+    found = Check(None, True, [], 0, 0, 0, None, 0, "", True)
     assert tally.add("same", Outcome(0), found)
     assert not tally.add("one leak more", Outcome(3, leaks=1), found)
     assert not tally.add("not opened, no reason known", Outcome(1, counted=False, message="Weird"), found)

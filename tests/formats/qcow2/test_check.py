@@ -87,7 +87,7 @@ EXTENDED_FAULTS: dict[str, tuple[set[str], Callable[[Handmade], object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS.keys() | EXTENDED_FAULTS.keys())
+@pytest.mark.parametrize("name", sorted(FAULTS.keys() | EXTENDED_FAULTS.keys()))
 def test_planted_faults_are_found(name: str, planted: Callable[[str, bool], None]) -> None:
     image = Handmade(cluster_bits=14, extended=True) if name in EXTENDED_FAULTS else Handmade(cluster_bits=12)
     expected, plant = (FAULTS | EXTENDED_FAULTS)[name]

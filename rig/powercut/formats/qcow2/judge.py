@@ -49,7 +49,7 @@ class Qcow2:
 
     @staticmethod
     def host_size(size: int) -> int:
-        return size + size // 16 + (16 << 20)
+        return size + size // 16 // SECTOR * SECTOR + (16 << 20)
 
     @staticmethod
     def roles(disk: Disk) -> Callable[[int], str]:
