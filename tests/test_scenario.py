@@ -187,8 +187,27 @@ def test_a_history_is_taken_word_by_word():
 
 @pytest.mark.parametrize(
     "line",
-    "|erase 0 4k|write|write 0|write 0 4k 4k|write 0 4k unmap|discard 0 4k unmap|flush 0 4k|flush unmap|unmap|write 0 0|"
-    "write 0 100|write 1 512|write 1M 512|write 0 2M|write -512 512|WRITE 0 4k|write 0 4kb|zero unmap".split("|"),
+    [
+        "",
+        "erase 0 4k",
+        "write",
+        "write 0",
+        "write 0 4k 4k",
+        "write 0 4k unmap",
+        "discard 0 4k unmap",
+        "flush 0 4k",
+        "flush unmap",
+        "unmap",
+        "write 0 0",
+        "write 0 100",
+        "write 1 512",
+        "write 1M 512",
+        "write 0 2M",
+        "write -512 512",
+        "WRITE 0 4k",
+        "write 0 4kb",
+        "zero unmap",
+    ],
 )
 def test_histories_that_make_no_sense(line):
     with pytest.raises(InputError) as caught:

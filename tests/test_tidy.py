@@ -120,6 +120,7 @@ def quire_trespasses(graph: Graph) -> list[str]:
                     "capture",
                     "guest",
                     "record",
+                    "external",
                 }
                 if not is_within(name, "powercut.formats.quire") and not serves:
                     complaints.append(f"{name} imports {target}: only formats/quire.py does, and quire.nbd who serves")

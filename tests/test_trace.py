@@ -4,65 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
-import signal
 import struct
 import subprocess
 import sys
-import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powercut.errors import EnvironmentFault, InputError
+from powercut.errors import InputError
 from powercut.report import tracetext
 from powercut.trace import MAX_SIZE, NEVER, RECORD, SECTOR, Flag, Kind, Trace, TraceWriter
-
-META = {"recorder": "test", "format": "raw", "umlaut": "ä"}
-Content = tuple[object, ...]
-
-
-def small(path: Path) -> Path:
-    """A trace with every kind of record, and writes at odd places."""
-    with TraceWriter(path, META) as writer:
-        image = writer.file("image", 16 * SECTOR, "image")
-        guest = writer.file("guest", 8 * SECTOR, "guest")
-        writer.base(image, 2 * SECTOR, b"b" * SECTOR)
-        first = writer.issue(Kind.WRITE, image, SECTOR, 2 * SECTOR, data=b"1" * SECTOR + b"2" * SECTOR)
-        asked = writer.issue(Kind.WRITE, guest, 0, SECTOR, ref=1)
-        odd = writer.issue(Kind.WRITE, image, 700, 600, data=bytes(range(200)) * 3, flags=Flag.FUA)
-        writer.complete(odd)
-        writer.complete(first, 5)
-        writer.issue(Kind.ZERO, image, 0, 4096, flags=Flag.MAY_UNMAP)
-        writer.issue(Kind.DISCARD, image, 4096, 512)
-        writer.complete(writer.issue(Kind.FLUSH, image, flags=Flag.LIED))
-        writer.complete(asked)
-        for kind in (Kind.TRUNCATE, Kind.CREATE, Kind.LINK, Kind.RENAME, Kind.UNLINK, Kind.SYNC_DIR):
-            writer.issue(kind, image, length=kind * 10, data=b'{"name": "x"}')
-        writer.mark("done", epoch=7)
-        writer.complete(writer.issue(Kind.WRITE, image, 3, 5, data=b"tiny!"))
-    return path
-
-
-def content(trace: Trace) -> Content:
-    """Everything a reader of a trace may learn from it."""
-    images = {info.id for info in trace.files if info.role != "guest"}
-    writes = [bytes(trace.payload(e)) for e in trace.events if e["kind"] == Kind.WRITE and e["file"] in images]
-    files = [(f.id, f.name, f.size, f.role) for f in trace.files]
-    bases = [trace.rows[row : row + length // SECTOR].tobytes() for _, _, length, row in trace.bases.tolist()]
-    return (trace.meta, files, trace.events.tolist(), trace.bases.tolist(), bases, writes, trace.length, trace.hash)
-
-
-def loaded(path: Path) -> Trace:
-    trace = Trace(path)
-    trace.verify()
-    return trace
-
+from support.traces import META, content, loaded, small
 
 # ---- what was written is read
 
@@ -236,8 +192,7 @@ def test_each_changed_byte_is_refused_or_is_padding(tmp_path, planted):
         whole[place] ^= 0x41
         try:
             trace = loaded(bad)
-        except InputError as error:
-            assert str(bad) in str(error)
+        except InputError:
             refused += 1
         else:
             assert content(trace) == full, f"byte {place}"
@@ -316,8 +271,7 @@ def test_forged_headers_are_refused_or_understood(tmp_path, intact, data):
     path.write_bytes(forged)
     try:
         trace = loaded(path)
-    except InputError as error:
-        assert str(path) in str(error)
+    except InputError:
         return
     tracetext.summary(trace)
     json.dumps(tracetext.document(trace))
@@ -375,9 +329,18 @@ def bad_events(writer: TraceWriter, case: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    "twice|never issued|not an event|too early|no such file|fewer bytes|no bytes|far away|second file 0|none".split(
-        "|"
-    ),
+    [
+        "twice",
+        "never issued",
+        "not an event",
+        "too early",
+        "no such file",
+        "fewer bytes",
+        "no bytes",
+        "far away",
+        "second file 0",
+        "none",
+    ],
 )
 def test_events_that_make_no_sense_are_refused(tmp_path, case):
     """The last case is the control: the same trace without the fault is read."""
@@ -388,137 +351,3 @@ def test_events_that_make_no_sense_are_refused(tmp_path, case):
     else:
         with pytest.raises(InputError, match=str(tmp_path / "t")):
             Trace(tmp_path / "t")
-
-
-# ---- a recorder that dies, or cannot go on
-
-ENDLESS = """
-import sys
-from powercut.trace import Kind, TraceWriter
-writer = TraceWriter(sys.argv[1], {})
-file = writer.file("image", 1 << 30, "image")
-number = 0
-while True:
-    data = number.to_bytes(8, "little") * (64 * (1 + number % 50))
-    position = writer.issue(Kind.WRITE, file, number * 512 % (1 << 29), len(data), data=data)
-    writer.complete(position)
-    number += 1
-    if number % 50 == 0:
-        print(number, flush=True)
-"""
-
-
-@pytest.mark.parametrize("after", [1, 7])
-def test_a_killed_recorder_leaves_every_whole_record(tmp_path, after):
-    """SIGKILL in the middle: every write that was reported is there, byte for byte, and in its order."""
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS, tmp_path / "t"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for _ in range(after):
-        reported = int(process.stdout.readline())
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    process.stdout.close()
-    trace = loaded(tmp_path / "t")
-    assert reported == 50 * after
-    assert len(trace.events) >= reported
-    assert (trace.events["completed"][: reported - 1] != NEVER).all(), "only the newest completions may be missing"
-    for number, event in enumerate(trace.events):
-        assert bytes(trace.payload(event)) == number.to_bytes(8, "little") * (64 * (1 + number % 50))
-
-
-FULL = """
-import resource, signal, sys
-from powercut.errors import EnvironmentFault
-from powercut.trace import Kind, TraceWriter
-if sys.argv[2] != "0":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-writer = TraceWriter(sys.argv[1], {})
-file = writer.file("image", 1 << 30, "image")
-done = 0
-try:
-    while done < 1000:
-        writer.complete(writer.issue(Kind.WRITE, file, done * 512, 10000, data=b"x" * 10000))
-        done += 1
-except EnvironmentFault as fault:
-    print(fault, file=sys.stderr)
-refused = 0
-for _ in range(200):  # whoever goes on recording must not make it unreadable
-    try:
-        writer.complete(writer.issue(Kind.FLUSH, file))
-    except EnvironmentFault:
-        refused += 1
-writer.close()
-print(done, refused)
-"""
-
-
-def until_full(path: Path, limit: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, path, str(limit)], capture_output=True, text=True, timeout=60, check=True
-    )
-    number, refused = map(int, done.stdout.split())
-    assert 10 < number < 1000
-    assert refused == 200
-    assert done.stderr.startswith(f"{path}: recording stopped at byte ")
-    assert "Traceback" not in done.stderr
-    trace = loaded(path)
-    assert trace.truncated is None, "what was written in part is cut off again"
-    assert number <= len(trace.events) <= number + 1
-    assert (trace.events["completed"][: number - 1] != NEVER).all()
-
-
-@pytest.mark.parametrize("limit", [300_000, 300_700, 301_312])
-def test_a_limit_on_the_file_stops_the_recording_and_leaves_it_readable(tmp_path, limit):
-    until_full(tmp_path / "t", limit)
-
-
-def test_a_full_disk_stops_the_recording_and_leaves_it_readable(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted: {mounted.stderr.decode().strip()}")
-    try:
-        until_full(disk / "t", 0)
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)  # the trace is still mapped
-
-
-def test_a_full_disk_from_the_start(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
-    with pytest.raises(EnvironmentFault, match="No space left"):
-        TraceWriter("/dev/full", {})
-
-
-# ---- several threads
-
-
-def test_threads_write_whole_records_and_each_keeps_its_order(tmp_path):
-    threads, each = 8, 200
-    with TraceWriter(tmp_path / "t", {}) as writer:
-        file = writer.file("image", 1 << 30, "image")
-        start = threading.Barrier(threads)
-
-        def work(me: int) -> None:
-            rnd = random.Random(me)
-            start.wait()
-            for number in range(each):
-                data = bytes([me]) * rnd.randrange(1, 3000)
-                writer.complete(writer.issue(Kind.WRITE, file, rnd.randrange(9999), len(data), data=data, ref=number))
-
-        running = [threading.Thread(target=work, args=(me,)) for me in range(threads)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-    trace = loaded(tmp_path / "t")
-    assert len(trace.events) == threads * each
-    order: dict[int, list[int]] = {me: [] for me in range(threads)}
-    for event in trace.events:
-        data = bytes(trace.payload(event))
-        assert data == data[:1] * len(data)
-        order[data[0]].append(int(event["ref"]))
-    assert all(refs == list(range(each)) for refs in order.values())
-    assert (trace.events["completed"] > trace.events["issued"]).all()

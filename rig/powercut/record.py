@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,31 @@ from quire.nbd import Server
 
 
 def operations(scenario: Scenario) -> list[Operation]:
-    """The operations of a scenario's workload. Raises InputError for a history that makes no sense."""
+    """The operations of a scenario's workload. Raises InputError for a history that makes no sense, and for a scenario
+    that cannot be recorded."""
     size = parse_size(scenario.size)
-    if not scenario.workload.history:
-        return list(draw(scenario.workload.seed, scenario.workload.operations, size, scenario.workload.extra))
-    return [_parse(line, size) for line in scenario.workload.history]
+    for name, text in (("size", scenario.size), ("backing", scenario.backing)):
+        if text is not None and (parse_size(text) % SECTOR or not parse_size(text)):
+            raise InputError(f"{name} {text}: not a positive multiple of {SECTOR} bytes")
+    if scenario.workload.history:
+        work = [_parse(line, size) for line in scenario.workload.history]
+    else:
+        work = list(draw(scenario.workload.seed, scenario.workload.operations, size, scenario.workload.extra))
+    if scenario.record.via == "blklogwrites":
+        _check_log(scenario, work)
+    elif scenario.record.no_flush:
+        raise InputError("no_flush does nothing over nbd")
+    return work
+
+
+def _check_log(scenario: Scenario, work: list[Operation]) -> None:
+    if scenario.workload.extra or any(operation.kind not in (Kind.WRITE, Kind.FLUSH) for operation in work):
+        raise InputError(
+            "via blklogwrites only writes and flushes can be judged: zeroes and discards bear no stamps, and a reopen "
+            "begins a new log"
+        )
+    if scenario.backing is not None or scenario.record.lie:
+        raise InputError("via blklogwrites neither a backing file nor a lie can be recorded")
 
 
 def _parse(line: str, size: int) -> Operation:
@@ -37,10 +57,13 @@ def _parse(line: str, size: int) -> Operation:
     kind = KINDS.get(words[0]) if words else None
     unmap = words[-1:] == ["unmap"]
     places = words[1 : len(words) - unmap]
-    if kind is None or len(places) != (0 if kind is Kind.FLUSH else 2) or (unmap and kind is not Kind.ZERO):
-        raise InputError(f"history: {line!r} is not one of: write|zero|discard OFFSET LENGTH, zero ... unmap, flush")
+    bare = kind in (Kind.FLUSH, Kind.MARK)
+    if kind is None or len(places) != (0 if bare else 2) or (unmap and kind is not Kind.ZERO):
+        raise InputError(
+            f"history: {line!r} is not one of: write|zero|discard OFFSET LENGTH, zero ... unmap, flush, reopen"
+        )
     offset, length = [parse_size(word) for word in places] or [0, 0]
-    if (offset | length) % SECTOR or offset + length > size or (length == 0) != (kind is Kind.FLUSH):
+    if (offset | length) % SECTOR or offset + length > size or (length == 0) != bare:
         raise InputError(f"history: {line!r} is not a range of whole sectors within {size} bytes")
     return Operation(kind, offset, length, unmap)
 
@@ -49,15 +72,13 @@ def record(scenario: Scenario, out: Path, progress: Callable[[int, int], None] =
     """Record `scenario` into the trace file `out`. Raises InputError, EnvironmentFault."""
     work = operations(scenario)
     size = parse_size(scenario.size)
-    if size % SECTOR or not size:
-        raise InputError(f"size {scenario.size}: not a positive multiple of {SECTOR} bytes")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="powercut-")))
         image, base = scratch / "image", scratch / "base"
         if scenario.backing is not None:
             _stamped_file(base, parse_size(scenario.backing))
         create_image(image, scenario.format, size, scenario.options, base if scenario.backing is not None else None)
-        host = formats.find(scenario.format).host_size(size)
+        host = -(-formats.find(scenario.format).host_size(size) // SECTOR) * SECTOR
         if image.stat().st_size < host:
             os.truncate(image, host)
         writer = stack.enter_context(TraceWriter(out, _meta(scenario, host)))
@@ -130,23 +151,30 @@ def _drive(
     guest: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Run the workload through QEMU and end QEMU in an orderly way."""
+    """Run the workload through QEMU and end QEMU in an orderly way, between reopens and at the end."""
 
-    def counted() -> Any:
-        for done, operation in enumerate(work):
+    def counted(begin: int, end: int) -> Iterator[Operation]:
+        for done in range(begin, end):
             progress(done, len(work))
-            yield operation
+            yield work[done]
 
-    with Daemon(nodes) as daemon:
-        client = daemon.connect()
-        try:
-            workload = Workload(client, writer, guest, scenario.workload.depth)
-            workload.run(counted())
-        finally:
-            client.close()
-    if workload.errors:
-        number, error = workload.errors[0]
-        raise EnvironmentFault(f"operation {number} failed while it was recorded: {os.strerror(error)}")
+    workload: Workload | None = None
+    begin = 0
+    for end in [*(i for i, operation in enumerate(work) if operation.kind is Kind.MARK), len(work)]:
+        with Daemon(nodes) as daemon:
+            client = daemon.connect()
+            try:
+                if workload is None:
+                    workload = Workload(client, writer, guest, scenario.workload.depth)
+                else:
+                    workload.reopened(client)
+                workload.run(counted(begin, end))
+            finally:
+                client.close()
+        if workload.errors:
+            number, error = workload.errors[0]
+            raise EnvironmentFault(f"operation {number} failed while it was recorded: {os.strerror(error)}")
+        begin = end + 1
 
 
 def _record_nbd(
@@ -173,10 +201,6 @@ def _record_log(
     size: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    if scenario.workload.extra or any(operation.kind not in (Kind.WRITE, Kind.FLUSH) for operation in work):
-        raise InputError("via blklogwrites only writes and flushes can be judged: zeroes and discards bear no stamps")
-    if scenario.backing is not None or scenario.record.lie:
-        raise InputError("via blklogwrites neither a backing file nor a lie can be recorded")
     image, log = scratch / "image", scratch / "log"
     log.touch()
     below: list[dict[str, Any]] = [

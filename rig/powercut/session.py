@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
 from powercut.crash.disk import CrashDisk, Deciding
-from powercut.crash.explore import EpochResult, Report, explore
+from powercut.crash.explore import EpochResult, Report, Unjudged, explore
 from powercut.crash.promise import Promise
 from powercut.errors import InputError
 from powercut.external import External
@@ -74,7 +75,8 @@ class Session:
             found.append(problem)
 
         disk = CrashDisk(self.image)
-        disk.explore(lambda: self._judge_alone(disk, keep, lambda rule: len(found) >= most))
+        with contextlib.suppress(Unjudged):  # what was found until then stands
+            disk.explore(lambda: self._judge_alone(disk, keep, lambda rule: len(found) >= most))
         return found
 
     def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:

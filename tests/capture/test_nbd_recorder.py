@@ -144,7 +144,7 @@ def test_a_flush_does_not_cover_what_completed_while_it_ran(tmp_path):
         request.connection.finish(request)
         assert client.wait().tag == "late"
     trace = recorded(tmp_path)
-    early, late, flush = trace.events
+    _, late, flush = trace.events
     assert late["issued"] < flush["issued"] < flush["completed"] < late["completed"]
     disk = Durability(trace, 0)
     disk.advance(trace.length)
@@ -153,7 +153,7 @@ def test_a_flush_does_not_cover_what_completed_while_it_ran(tmp_path):
 
 
 def test_an_order_written_down_by_hand(tmp_path):
-    """The same at the level of positions: issue, flush issued, write done, flush done; only the next flush covers it."""
+    """The same as positions: issue, flush issued, write done, flush done: only the next one covers it."""
     with TraceWriter(tmp_path / "t", {}) as writer:
         file = writer.file("image", SIZE, "image")
         write = writer.issue(Kind.WRITE, file, 0, SECTOR, data=b"x" * SECTOR)

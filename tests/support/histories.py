@@ -97,10 +97,8 @@ def sector_states(events: list[Event], t: int, sector: int, initial: bytes | Non
     """Everything that `sector` may hold after a crash before position `t`, by definition. Whole sectors only."""
     if initial is None:
         initial = (b"\xff" if sector == 1 else b"\0") * SECTOR
-    flushes = [
-        e for e in events
-        if e.kind is Kind.FLUSH and not e.flags & Flag.LIED and e.completed is not None and e.completed < t and not e.result
-    ]  # fmt: skip
+    flushes = [e for e in events if e.kind is Kind.FLUSH and not e.flags & Flag.LIED and not e.result]
+    flushes = [e for e in flushes if e.completed is not None and e.completed < t]
     flushes = sorted(flushes, key=lambda e: e.completed)[: max(0, len(flushes) - lying)]
     here = [
         e for e in events

@@ -16,7 +16,7 @@ from powercut.trace import SECTOR, Kind, TraceWriter
 from quire.nbd_protocol import Command
 
 MIB = 1 << 20
-KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH}
+KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH, "reopen": Kind.MARK}
 _COMMANDS = {
     Kind.WRITE: Command.WRITE,
     Kind.ZERO: Command.WRITE_ZEROES,
@@ -27,7 +27,8 @@ _COMMANDS = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`offset` and `length` are bytes, multiples of 512; both are 0 for a flush. `unmap`: a zero may deallocate."""
+    """`offset` and `length` are bytes, multiples of 512; both are 0 for a flush and a reopen (kind MARK: no event of
+    the disk, see `Workload.reopened`). `unmap`: a zero may deallocate."""
 
     kind: Kind
     offset: int = 0
@@ -52,7 +53,7 @@ def draw(seed: int, operations: int, size: int, extra: Iterable[str] = ()) -> It
         kind = rnd.choice(others) if others and rnd.random() < 0.3 else Kind.WRITE
         length = min(int(2 ** rnd.triangular(0, 11, 2)), sectors)
         if rnd.random() < 0.5:
-            length = -(-length // 8) * 8  # most of a guest's requests are whole pages
+            length = min(-(-length // 8) * 8, sectors)  # most of a guest's requests are whole pages
         if rnd.random() < 0.5:
             place += rnd.randrange(0, 256)
         else:
@@ -96,6 +97,12 @@ class Workload:
                 self._wait()
             self._submit(operation)
         self._drain()
+
+    def reopened(self, client: Client) -> None:
+        """Go on with `client`: the image was closed and opened again. That counts as an operation, so that the numbers
+        of operations are those of a history's lines."""
+        self._client = client
+        self._number += 1
 
     def _conflicts(self, operation: Operation) -> bool:
         end = operation.offset + operation.length

@@ -1,0 +1,176 @@
+"""Histories to try: short lists of operations whose places and lengths lie on the edges of what a format does.
+
+Edges are where one cluster, the reach of an L2 table, of a refcount block or of a refcount table of one cluster ends
+and the next begins, and the ends of the disk; one sector and one cluster to either side of each. Lengths run from a
+sector to some clusters, to such a reach, and to the whole disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from powercut.scenario import Recording, Scenario, Workload
+from powercut.trace import SECTOR
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+KIB, MIB = 1 << 10, 1 << 20
+MOST = 12  # operations in a history that is drawn
+_LARGEST = 5 * MIB  # guest's disk: what has its edges farther out is tried without them
+_CLUSTERS = (64 * KIB, 4 * KIB, 512, 16 * KIB, 1 * KIB)
+_EXTENDED = 16 * KIB  # the smallest cluster that extended L2 entries allow
+
+
+def size_text(size: int) -> str:
+    """ "2M", "66k" or "512": the shortest way to write a size in a scenario."""
+    for unit, letter in ((MIB, "M"), (KIB, "k")):
+        if size and size % unit == 0:
+            return f"{size // unit}{letter}"
+    return str(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An image to try: its cluster size, how many bytes its tables reach (an L2 table, a refcount block, a refcount
+    table of one cluster), options for qemu-img create, and the size of the guest's disk."""
+
+    cluster: int
+    reaches: tuple[int, ...]
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size(self) -> int:
+        twice = [2 * reach for reach in self.reaches if 2 * reach + 4 * self.cluster <= _LARGEST]
+        return max([16 * self.cluster, *twice]) + 4 * self.cluster
+
+    @property
+    def offsets(self) -> list[int]:
+        """Places to try, the simplest first."""
+        edges = {0, self.cluster, 2 * self.cluster, *self.reaches, 2 * self.reaches[0], self.size}
+        near = (0, -SECTOR, SECTOR, -self.cluster, self.cluster)
+        places = {edge + by for edge in edges for by in near if edge <= self.size}
+        return sorted(place for place in places if 0 <= place < self.size)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths to try, the simplest first."""
+        cluster = self.cluster
+        some = [cluster, SECTOR, 2 * cluster, cluster - SECTOR, cluster + SECTOR, 5 * cluster, *self.reaches]
+        return [length for length in dict.fromkeys([*some, self.size]) if 0 < length <= self.size]
+
+
+def _qcow2(cluster: int, extended: bool, bits: int, compat: str, lazy: bool) -> Shape:
+    options = {}
+    if cluster != 64 * KIB:
+        options["cluster_size"] = size_text(cluster)
+    if compat == "0.10":  # which has none of the others
+        extended, bits, lazy = False, 16, False
+        options["compat"] = compat
+    extended = extended and cluster >= _EXTENDED
+    options |= {"extended_l2": "on"} if extended else {}
+    options |= {"refcount_bits": str(bits)} if bits != 16 else {}
+    options |= {"lazy_refcounts": "on"} if lazy else {}
+    table, block = cluster * (cluster // (16 if extended else 8)), cluster * (cluster * 8 // bits)
+    return Shape(cluster, (table, block, block * (cluster // 8)), tuple(options.items()))
+
+
+_PLAIN = Shape(4 * KIB, (64 * KIB,))  # of a format without options: pages, and what others call clusters
+
+
+def _lines(shape: Shape, kinds: tuple[str, ...]) -> SearchStrategy[str]:
+    from hypothesis import strategies as st
+
+    sizes = range(0, shape.size + 1, SECTOR)
+
+    def placed(verb: str, after: str = "") -> SearchStrategy[str]:
+        def line(offset: int, length: int) -> str:
+            return f"{verb} {size_text(offset)} {size_text(min(length, sizes[-1] - offset))}{after}"
+
+        return st.builds(line, st.sampled_from(shape.offsets), st.sampled_from(shape.lengths))
+
+    write, flush = placed("write"), st.just("flush")
+    others = [placed("zero"), placed("zero", " unmap")] if "zero" in kinds else []
+    others += [placed("discard")] if "discard" in kinds else []
+    return st.one_of(write, flush, *others, write, flush, *others, write, st.just("reopen"))
+
+
+def drawn(format: str, kinds: tuple[str, ...], lie: tuple[str, ...] = ()) -> SearchStrategy[Scenario]:
+    """Scenarios of at most `MOST` operations: writes, flushes, reopens, and what `kinds` names ("zero", "discard").
+    `lie` as in a scenario's recording."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def scenarios(draw: Any) -> Scenario:
+        backing, shape = None, _PLAIN
+        if format == "qcow2":
+            shape = _qcow2(
+                draw(st.sampled_from(_CLUSTERS)),
+                draw(st.booleans()),
+                draw(st.sampled_from((16, 64, 1))),
+                draw(st.sampled_from(("1.1", "1.1", "1.1", "0.10"))),
+                draw(st.booleans()),
+            )
+            shorter = (shape.reaches[0] if shape.reaches[0] < shape.size else shape.cluster) + SECTOR
+            backing = draw(st.sampled_from((None, None, shape.size, shorter)))
+        depth = draw(st.sampled_from((1, 4)))
+        history = draw(st.lists(_lines(shape, kinds), min_size=1, max_size=MOST))
+        return scenario(format, shape, history, depth, backing, lie)
+
+    return scenarios()
+
+
+def scenario(
+    format: str, shape: Shape, history: list[str], depth: int, backing: int | None = None, lie: tuple[str, ...] = ()
+) -> Scenario:
+    """The scenario that tries `history` on an image of this shape."""
+    return Scenario(
+        about="",
+        expect="HOLDS",
+        format=format,
+        size=size_text(shape.size),
+        options=dict(shape.options),
+        backing=None if backing is None else size_text(backing),
+        workload=Workload(depth=depth, history=tuple(history)),
+        record=Recording(lie=lie),  # type: ignore[arg-type]
+    )
+
+
+def alphabet(kinds: tuple[str, ...]) -> list[str]:
+    """The operations of the systematic mode, for clusters of 4 KiB: a cluster, a part of it, its neighbour, and two
+    clusters under two L2 tables."""
+    lines = ["write 0 4k", "write 512 512", "write 4k 4k", "write 2044k 8k", "flush", "reopen"]
+    lines += ["zero 0 4k", "zero 0 4k unmap"] if "zero" in kinds else []
+    return lines + (["discard 0 4k"] if "discard" in kinds else [])
+
+
+def every(format: str, kinds: tuple[str, ...], longest: int, lie: tuple[str, ...] = ()) -> Iterator[Scenario]:
+    """All histories of 1 to `longest` operations over the alphabet, one request at a time, the shortest first."""
+    shape = _qcow2(4 * KIB, False, 16, "1.1", False) if format == "qcow2" else Shape(4 * KIB, (2 * MIB,))
+    for length in range(1, longest + 1):
+        for history in itertools.product(alphabet(kinds), repeat=length):
+            yield scenario(format, shape, list(history), 1, None, lie)
+
+
+def operations(history: tuple[str, ...]) -> frozenset[str]:
+    """The kinds of operations in a history, beyond writes and flushes: {"zero unmap", "reopen"}."""
+    kinds = {line.split()[0] + (" unmap" if line.endswith("unmap") else "") for line in history}
+    return frozenset(kinds - {"write", "flush"})
+
+
+def toml(scenario: Scenario) -> str:
+    """The scenario as the text of a file."""
+    import tomlkit
+
+    keys = msgspec.to_builtins(scenario)
+    plain = msgspec.to_builtins(Scenario(about="", expect="HOLDS"))
+    changed = {key: value for key, value in keys.items() if value != plain[key] and key not in ("workload", "record")}
+    changed |= {"workload": {"depth": scenario.workload.depth, "history": list(scenario.workload.history)}}
+    if scenario.record.lie:
+        changed["record"] = {"lie": list(scenario.record.lie)}
+    return tomlkit.dumps(changed)
