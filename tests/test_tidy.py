@@ -23,9 +23,11 @@ FLOORS = [
     {"external"},
     {"session"},
     {"explain"},
-    {"run", "record", "races"},
+    {"inflight"},
+    {"run", "record", "races", "histories"},
     {"bundle"},
     {"gate", "replay", "inspection", "compare"},
+    {"fuzz"},
     {"cli", "__main__"},
 ]
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
@@ -121,6 +123,7 @@ def quire_trespasses(graph: Graph) -> list[str]:
                     "guest",
                     "record",
                     "external",
+                    "inflight",
                 }
                 if not is_within(name, "powercut.formats.quire") and not serves:
                     complaints.append(f"{name} imports {target}: only formats/quire.py does, and quire.nbd who serves")

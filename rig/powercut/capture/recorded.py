@@ -1,0 +1,150 @@
+"""What the recorder shares with us: the control file it needs, and the log it leaves (see recorder_log.h).
+
+A log is a folder: `control`, `chunk.N` (records of 64 bytes, each with a payload) and `data` (larger payloads).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from powercut.errors import EnvironmentFault, InputError
+
+_MAGIC = 0x70776372636F7264
+_RECORD = struct.Struct("<QIIQQQQqQ")  # magic, size, op and flags, position, dev, ino, offset, length, extra
+_CONTROL = struct.Struct("<8Q")  # locks ready, position, chunks, end of data, processes, failed, refused, slots
+_ROOTS, _TRACKED, _ROOTS_SIZE = 8192, 16384, 8192
+_FREE, _GONE = 0, 1
+_WORD = (1 << 64) - 1
+assert _RECORD.size == 64
+
+
+class Op(enum.IntEnum):
+    WRITE = 1
+    ZERO = 2
+    PUNCH = 3
+    FLUSH = 4
+    TRUNCATE = 5
+    OPEN = 6
+    LINK = 7
+    RENAME = 8
+    UNLINK = 9
+    SYNC = 10
+    ALLOCATE = 11
+    MKDIR = 12
+    SYMLINK = 13
+    RANGE = 14
+    NOTE = 15
+    EXIT = 16
+
+
+class Mode(enum.IntFlag):
+    FUA = 1
+    SPILLED = 2  # the payload is in the file `data`, at `extra`
+    KEEP_SIZE = 4
+    CREATED = 8
+    TRUNCATED = 16
+    UNNAMED = 32
+    EXCHANGE = 64
+
+
+Key = tuple[int, int]  # device, inode
+
+
+@dataclass(slots=True)
+class Call:
+    """One call the program made. `result` is what it returned, or minus an errno; None: it never returned."""
+
+    op: Op
+    flags: int
+    position: int
+    key: Key
+    offset: int
+    length: int
+    data: memoryview
+    ended: int = 0  # position of the return
+    result: int | None = None
+    end_key: Key = (0, 0)  # the file that it opened, or named
+    end_offset: int = 0
+    end_path: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return [os.fsdecode(name) for name in bytes(self.data).split(b"\0")[:2]]
+
+
+def make_control(folder: Path, roots: Iterable[str], keys: Iterable[Key]) -> None:
+    """Make a log folder for a recorder that watches `roots`, where the files `keys` are already."""
+    text = b"".join(os.fsencode(root) + b"\0" for root in roots) + b"\0"
+    if len(text) > _ROOTS_SIZE:
+        raise InputError(f"the names of the directories to watch take {len(text)} bytes, more than {_ROOTS_SIZE}")
+    hashed = {_hash(*key) for key in keys}
+    slots = 1 << max(16, (4 * len(hashed)).bit_length())
+    table = [_FREE] * slots
+    for key in hashed:
+        place = key >> 32
+        while table[place % slots]:
+            place += 1
+        table[place % slots] = key
+    with open(folder / "control", "wb") as out:
+        out.write(_CONTROL.pack(0, 0, 0, 0, 0, 0, 0, slots).ljust(_ROOTS, b"\0"))
+        out.write(text.ljust(_TRACKED - _ROOTS, b"\0"))
+        out.write(struct.pack(f"<{slots}Q", *table))
+    (folder / "data").touch()
+
+
+def _hash(device: int, inode: int) -> int:
+    key = (inode * 0x9E3779B97F4A7C15 & _WORD) ^ (device * 0xC2B2AE3D27D4EB4F & _WORD)
+    return key if key > _GONE else key + 2
+
+
+def processes(folder: Path) -> int:
+    """How many times a program started with the recorder in it."""
+    return int(_CONTROL.unpack((folder / "control").read_bytes()[: _CONTROL.size])[4])
+
+
+def _map(path: Path) -> memoryview:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)) if size else memoryview(b"")
+
+
+def read(folder: Path) -> list[Call]:
+    """The calls in the log, in the order of their positions. Raises EnvironmentFault if the recorder had to stop."""
+    failed = _CONTROL.unpack((folder / "control").read_bytes()[: _CONTROL.size])[5]
+    if failed == errno.ENFILE:
+        raise EnvironmentFault("the program made more files than the recorder can follow")
+    if failed:
+        raise EnvironmentFault(f"the recorder had to stop: {os.strerror(failed)}")
+    spilled = _map(folder / "data")
+    calls: dict[int, Call] = {}
+    ends: list[tuple[int, int, Key, int, int, str]] = []
+    for path in folder.glob("chunk.*"):
+        chunk = _map(path)
+        place, end = 64, min(len(chunk), int.from_bytes(chunk[:8], "little"))
+        while place + 64 <= end:
+            magic, size, both, position, device, inode, offset, length, extra = _RECORD.unpack_from(chunk, place)
+            if magic ^ position != _MAGIC:
+                place += 64  # its writer died before it was whole
+                continue
+            payload = chunk[place + 64 : place + size]
+            place += -(-size // 64) * 64
+            op, flags = both & 0xFFFF, both >> 16
+            if op == Op.EXIT:
+                name = os.fsdecode(bytes(payload[:-1])) if payload else ""
+                ends.append((extra, position, (device, inode), offset, length, name))
+            else:
+                if flags & Mode.SPILLED:
+                    payload = spilled[extra : extra + length]
+                calls[position] = Call(Op(op), flags, position, (device, inode), offset, length, payload)
+    for entered, position, key, offset, result, name in ends:
+        call = calls[entered]
+        call.ended, call.result = position, result
+        call.end_key, call.end_offset, call.end_path = key, offset, name
+    return sorted(calls.values(), key=lambda call: call.position)

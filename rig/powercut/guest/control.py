@@ -1,0 +1,275 @@
+"""A storage daemon that lives on from case to case, and a guest that leaves requests in flight.
+
+QMP here is a socket and lines of JSON, one command at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+from powercut import stamp
+from powercut.errors import EnvironmentFault
+from powercut.guest.daemon import tool
+from powercut.guest.nbd_client import Client, Reply
+from powercut.trace import SECTOR
+from quire.nbd_protocol import Command, Data
+
+_PATIENCE = 20.0  # seconds for an answer to a command
+_HANG = 10.0  # seconds without any answer while nothing is held
+_STEP = 0.0003  # how long a guest looks for an answer before it asks whether anything moves
+_ROUNDS = 3  # times the daemon must have gone around its loop with nothing moving
+_STOCK = 6  # reads in flight that a server may keep
+_BUSY = "is in use"
+COMMANDS: Final = {
+    "write": Command.WRITE,
+    "zero": Command.WRITE_ZEROES,
+    "unmap": Command.WRITE_ZEROES,
+    "discard": Command.TRIM,
+    "read": Command.READ,
+    "flush": Command.FLUSH,
+}
+
+
+def _line(command: str, arguments: dict[str, Any]) -> bytes:
+    """A command without any space: QEMU reads QMP byte by byte, one system call each."""
+    asked: dict[str, Any] = {"execute": command}
+    if arguments:
+        asked["arguments"] = arguments
+    return json.dumps(asked, separators=(",", ":")).encode() + b"\n"
+
+
+class Guest(Client):
+    """A client that can also look whether an answer has come."""
+
+    def poll(self, seconds: float) -> Reply | None:
+        """The next answer, if one comes within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not self._replies and not (self._receive() and self._replies):
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self._socket], [], [], left)[0]:  # poll() knows whole milliseconds only
+                return None
+        return self._replies.popleft()
+
+
+class Control:
+    """A storage daemon without images. Raises EnvironmentFault when a command fails, or the daemon is lost."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="powercut-")
+        self._path = str(Path(self._directory.name) / "disk.sock")
+        mine, its = socket.socketpair()
+        command = [tool("qemu-storage-daemon"), "--nbd-server", f"addr.type=unix,addr.path={self._path}"]
+        command += ["--chardev", f"socket,id=qmp,fd={its.fileno()}", "--monitor", "chardev=qmp"]
+        with_parent = shutil.which("setpriv")
+        if with_parent:  # or a daemon would outlive a process that is killed
+            command = [with_parent, "--pdeathsig", "KILL", *command]
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the daemon)
+        self._process = subprocess.Popen(
+            command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said
+        )
+        its.close()
+        mine.settimeout(_PATIENCE)
+        self._socket, self._lines = mine, mine.makefile("rb")
+        try:
+            self._line()
+            self.ask("qmp_capabilities")
+        except EnvironmentFault:
+            self.close()
+            raise
+
+    def _line(self) -> dict[str, Any]:
+        try:
+            line = self._lines.readline()
+            if line:
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+            why = "it ended"
+        except (OSError, ValueError) as error:
+            why = str(error)
+        self._said.seek(0)
+        raise EnvironmentFault(f"qemu-storage-daemon was lost: {why} {self._said.read().decode(errors='replace')}")
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Execute a command; underscores in the names of arguments stand for hyphens."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            self._socket.sendall(_line(command, named))
+        except OSError as error:
+            raise EnvironmentFault(f"qemu-storage-daemon was lost: {error}") from None
+        while "event" in (answer := self._line()):
+            pass
+        if "error" in answer:
+            raise EnvironmentFault(f"qemu-storage-daemon: {command}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def ping(self) -> None:
+        """Return when the daemon went once around its loop."""
+        self.ask("query-jobs")
+
+    def open(self, node: dict[str, Any], *, writable: bool = True) -> Guest:
+        """Open an image as node "disk" and return a client of it."""
+        self.ask("blockdev-add", **{**node, "node-name": "disk", "read-only": not writable})
+        self.ask("block-export-add", type="nbd", id="disk", name="disk", node_name="disk", writable=writable)
+        return Guest(self._path, "disk", _PATIENCE)
+
+    def shut(self, guest: Guest) -> None:
+        """Close the image in an orderly way: when this returns, its format driver has written everything."""
+        guest.close()
+        self.ask("block-export-del", id="disk", mode="hard")
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.ask("blockdev-del", node_name="disk")
+                return
+            except EnvironmentFault as fault:  # the connection may take a moment to go
+                if _BUSY not in str(fault) or time.monotonic() > deadline:
+                    raise
+
+    def close(self) -> None:
+        """End the daemon, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        self._lines.close()
+        self._socket.close()
+        self._said.close()
+        self._directory.cleanup()
+
+
+class Operation(NamedTuple):
+    """What a guest asks. `kind`: write, zero, unmap (a zero that may deallocate), discard, read, flush."""
+
+    kind: str
+    offset: int = 0
+    length: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "flush":
+            return "flush"
+        where = " ".join(f"{n >> 10}k" if n and n % 1024 == 0 else str(n) for n in (self.offset, self.length))
+        return f"zero {where} unmap" if self.kind == "unmap" else f"{self.kind} {where}"
+
+    def waits_for(self, other: Operation) -> bool:
+        """Whether a guest does not issue this while `other` is in flight: both change a sector."""
+        met = self.offset < other.offset + other.length and other.offset < self.offset + self.length
+        return met and "read" not in (self.kind, other.kind)
+
+
+class Issued:
+    """An operation of a history. `issued` and `completed` (None: not yet) are times of the guest's own clock."""
+
+    def __init__(self, number: int, operation: Operation, issued: int) -> None:
+        self.number = number
+        self.operation = operation
+        self.issued = issued
+        self.completed: int | None = None
+        self.data: Data = b""  # what a read returned
+        self.error = 0
+
+
+class Held(Protocol):
+    """What a driver must know of the server below QEMU: `powercut.capture.holding.Gate`."""
+
+    moves: int
+
+    @property
+    def idle(self) -> bool: ...
+
+    @property
+    def holding(self) -> int: ...
+
+    def nudge(self) -> None: ...
+
+
+class Hang(Exception):
+    """An operation was not answered although nothing was held."""
+
+
+class Driver:
+    """Issues operations and knows when the next may be issued."""
+
+    def __init__(self, guest: Guest, control: Control, server: Held) -> None:
+        self._guest, self._control, self._server = guest, control, server
+        self.clock = 0
+        self.log: list[Issued] = []
+        self.pending: dict[int, Issued] = {}
+        self._stocked = 0
+
+    def conflicts(self, operation: Operation) -> bool:
+        return any(operation.waits_for(other.operation) for other in self.pending.values())
+
+    def issue(self, operation: Operation) -> None:
+        """Issue an operation; a write bears stamps of its number."""
+        self.clock += 1
+        issued = Issued(len(self.log) + 1, operation, self.clock)
+        self.log.append(issued)
+        self.pending[issued.number] = issued
+        kind, offset, length = operation
+        data = stamp.make(issued.number, 0, offset // SECTOR, length // SECTOR) if kind == "write" else b""
+        self._guest.submit(COMMANDS[kind], offset, length, data, may_unmap=kind == "unmap", tag=issued.number)
+
+    def stock(self, offset: int) -> None:
+        """Read at `offset` until enough of such reads are in flight: the server keeps them (`Gate.nudge`)."""
+        while self._stocked < _STOCK:
+            self._stocked += 1
+            self._guest.submit(Command.READ, offset, SECTOR)
+
+    def _take(self) -> bool:
+        """Take one answer if it comes soon."""
+        reply = self._guest.poll(_STEP)
+        if reply is None:
+            return False
+        if reply.tag is None:
+            self._stocked -= 1
+            return False
+        self.clock += 1
+        done = self.pending.pop(reply.tag)
+        done.completed, done.data, done.error = self.clock, reply.data, reply.error
+        return True
+
+    def wait(self) -> None:
+        """Wait for one answer."""
+        deadline = time.monotonic() + _HANG
+        while not self._take():
+            self._server.nudge()
+            self._late(deadline)
+
+    def _late(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            numbers = ", ".join(map(str, self.pending))
+            raise Hang(f"operation {numbers} was not answered for {_HANG:.0f} s, and nothing was held")
+
+    def settle(self) -> None:
+        """Wait until everything is answered, or nothing moves because the format driver waits for what is held."""
+        quiet, moves = 0, -1
+        deadline = time.monotonic() + _HANG
+        while self.pending and quiet < _ROUNDS:
+            if self._take():
+                quiet = 0
+            elif self._server.idle and self._server.moves == moves:
+                if not quiet:
+                    self._server.nudge()
+                if self._server.holding:
+                    self._control.ping()
+                    quiet += 1
+                else:
+                    self._late(deadline)
+            else:
+                quiet, moves = 0, self._server.moves
+                self._late(deadline)
+
+    def drain(self) -> None:
+        """Wait until everything is answered. The server keeps nothing any more."""
+        while self.pending:
+            self.wait()
+        deadline = time.monotonic() + _HANG
+        while self._stocked:
+            self._take()
+            self._late(deadline)

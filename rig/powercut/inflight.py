@@ -1,0 +1,401 @@
+"""One case of host requests held while a guest goes on: run against a real QEMU, and judged.
+
+A case is a start, a short history of guest operations, and the host requests that are held. Each operation is issued
+and waited for, until it is answered or nothing moves because the driver waits for what is held; let go; drain; flush;
+read everything; close; open again, read everything, check. What a guest read, and what the disk holds, must be what
+the operations make it; of operations that overlapped in time either order is legal. The guest issues no change that
+overlaps a change in flight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import xxhash
+
+from powercut import stamp
+from powercut.capture.holding import Arrival, Choice, Gate, HoldingExport, Label
+from powercut.disk import Bytes, Variants
+from powercut.errors import EnvironmentFault, InputError
+from powercut.formats.qcow2.check import check
+from powercut.guest.control import COMMANDS, Control, Driver, Guest, Hang, Issued, Operation
+from powercut.guest.daemon import create_image, tool
+from powercut.scenario import parse_size
+from powercut.stamp import GARBAGE, SECTOR, ZERO
+from quire.nbd import Server
+
+STARTS: Final = {  # what the image is before the history; "warm": written, and the driver's caches are filled
+    "qcow2": ("fresh", "written", "warm", "snapshot", "backed"),
+    "raw": ("fresh", "written"),
+}
+_STOCKED: Final = ("warm", "snapshot")  # starts where the guest has something allocated to read meanwhile
+KINDS: Final = ("zero", "discard")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run. `extra`: kinds of operations besides write, flush and read. `lie`: a control."""
+
+    format: str
+    options: tuple[tuple[str, str], ...] = ()
+    extra: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
+    length: int = 3
+    holds: int = 1
+    seed: int = 7
+    lie: str | None = None
+
+    @property
+    def cluster(self) -> int:
+        return parse_size(dict(self.options).get("cluster_size", "64k"))
+
+    @property
+    def base(self) -> int:
+        """Where the clusters lie that the alphabet speaks of: an L2 table ends behind the second, if that is near."""
+        entry = 16 if dict(self.options).get("extended_l2") in ("on", "true", "yes") else 8
+        table = self.cluster // entry * self.cluster
+        return table - 2 * self.cluster if self.format == "qcow2" and table <= 4 * _MIB else self.cluster
+
+    @property
+    def size(self) -> int:
+        return self.spare + self.cluster
+
+    @property
+    def spare(self) -> int:
+        """A cluster that no history touches: the last."""
+        return self.base + 5 * self.cluster
+
+    def initial(self, start: str, offset: int) -> int:
+        """What operation wrote `offset` before the history: 0, or none."""
+        written = self.base <= offset < self.base + 2 * self.cluster or self.spare <= offset
+        return 0 if start == "backed" or (written and start != "fresh") else ZERO
+
+
+class Case(NamedTuple):
+    """`holds`: which host requests are held, each until before a guest operation is issued (len + 1: the end)."""
+
+    start: str
+    history: tuple[Operation, ...]
+    holds: tuple[tuple[Label, int], ...] = ()
+
+    def without(self, operation: int) -> Case:
+        """The case without one of its operations, and without what was held of its requests."""
+        holds = tuple(
+            (Label(at.operation - (at.operation > operation), at.request), until - (until > operation))
+            for at, until in self.holds
+            if at.operation != operation
+        )
+        return Case(self.start, self.history[: operation - 1] + self.history[operation:], holds)
+
+
+class Fault(NamedTuple):
+    """What was wrong. `kind` is a word for the machine, `text` a sentence."""
+
+    kind: str
+    text: str
+
+
+@dataclass(slots=True)
+class Ran:
+    """What one run of a case showed."""
+
+    faults: list[Fault] = field(default_factory=list)
+    arrivals: list[Arrival] = field(default_factory=list)
+    held: int = 0  # requests that were held
+    crossed: int = 0  # operations issued while something was held
+    overtook: int = 0  # of these, answered while it was
+    reads: int = 0
+    pointless: bool = False  # let go before anything crossed it, and so not run to its end
+
+
+def parse(text: str) -> Operation:
+    """An operation from the words that it prints as. Raises InputError."""
+    kind, *words = text.split() or [""]
+    if kind == "zero" and words[-1:] == ["unmap"]:
+        kind, words = "unmap", words[:-1]
+    if kind not in COMMANDS or len(words) != (0 if kind == "flush" else 2):
+        raise InputError(f"{text!r} is not one of: write|zero|discard|read OFFSET LENGTH, zero ... unmap, flush")
+    return Operation(kind, *map(parse_size, words))
+
+
+def alphabet(plan: Plan) -> list[Operation]:
+    """Three neighbouring clusters a, b, c: whole, in part, across the border of a and b."""
+    size, a = plan.cluster, plan.base
+    whole, head, across = (a, size), (a, size // 2), (a + size // 2, size)
+    operations = [Operation("write", *where) for where in (whole, head, across, (a + 2 * size, size))]
+    if "zero" in plan.extra:
+        operations += [Operation("zero", *where) for where in (whole, head, across)]
+        operations += [Operation("unmap", *where) for where in (whole, across)]
+    if "discard" in plan.extra:
+        operations += [Operation("discard", *where) for where in (whole, (a, 2 * size))]
+    return [*operations, Operation("flush"), Operation("read", a, 3 * size)]
+
+
+class _Memory:
+    """Bytes as a disk for the checker."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._bytes: Bytes = np.frombuffer(data, dtype=np.uint8)
+
+    def read(self, offset: int, length: int) -> Bytes:
+        inside = self._bytes[offset : offset + length]
+        return inside if len(inside) == length else np.pad(inside, (0, length - len(inside)))
+
+    def variants(self, offset: int, length: int) -> Variants:
+        return Variants(self.read(offset, length))
+
+
+class Judge:
+    """What the sectors of a guest's disk may hold, from what the guest itself knows."""
+
+    def __init__(self, plan: Plan, start: str, log: list[Issued]) -> None:
+        self._plan, self._start, self._log = plan, start, log
+        ends = {plan.base, plan.base + 2 * plan.cluster, plan.spare}
+        for entry in log:
+            ends |= {entry.operation.offset, entry.operation.offset + entry.operation.length}
+        self._ends = sorted(ends)
+
+    def legal(self, offset: int, issued: int, completed: int) -> set[int]:
+        """The operations whose data a read from `issued` to `completed` may return at `offset`; ZERO: zeros.
+
+        Changes of one sector are never in flight together, so they took place in the order of issue."""
+        values = {self._plan.initial(self._start, offset)}
+        for number, (kind, begin, length), at, done in (
+            (entry.number, entry.operation, entry.issued, entry.completed) for entry in self._log
+        ):
+            if kind in ("read", "flush") or not begin <= offset < begin + length or at > completed:
+                continue
+            if kind == "discard" or done is None or done > issued:  # a discard is a hint, and takes nothing away
+                values = values | {number if kind == "write" else ZERO}
+            else:
+                values = {number if kind == "write" else ZERO}
+        return values
+
+    def fault(self, where: str, offset: int, data: Any, issued: int, completed: int) -> Fault | None:
+        """The first sector of `data`, read at `offset`, that holds what it may not."""
+        end = offset + len(data)
+        view = memoryview(data)
+        marks = [offset, *(mark for mark in self._ends if offset < mark < end), end]
+        for low, high in itertools.pairwise(marks):
+            legal = self.legal(low, issued, completed)
+            piece = view[low - offset : high - offset]
+            if any(piece == _content(value, self._plan.size)[low:high] for value in legal):
+                continue
+            stamps = stamp.decode(np.frombuffer(piece, dtype=np.uint8).reshape(-1, SECTOR))
+            at = np.arange(low // SECTOR, high // SECTOR)
+            good = np.isin(stamps.op, list(legal)) & ((stamps.op < 0) | (stamps.sector == at))
+            for bad in np.flatnonzero(~good)[:1].tolist():
+                op, sector = int(stamps.op[bad]), int(stamps.sector[bad])
+                kind = "garbage" if op == GARBAGE else "zeros" if op == ZERO else "stale"
+                kind, found = ("foreign" if op >= 0 and sector != at[bad] else kind), self._word(op)
+                if kind == "foreign":
+                    found += f" for sector {sector}"
+                wanted = " or ".join(sorted(map(self._word, legal)))
+                return Fault(f"{where}-{kind}", f"{where}: guest sector {at[bad]} holds {found}; legal: {wanted}")
+        return None
+
+    def _word(self, op: int) -> str:
+        words = {ZERO: "zeros", GARBAGE: "garbage", 0: "what was there before"}
+        if op not in words and op > len(self._log):
+            return f"data of operation {op}, which was not issued,"
+        return words.get(op) or f"data of operation {op} ({self._log[op - 1].operation})"
+
+
+@lru_cache(maxsize=128)
+def _content(op: int, size: int) -> memoryview:
+    """A whole disk as operation `op` would write it."""
+    return memoryview(bytes(size) if op == ZERO else stamp.make(op, 0, 0, size // SECTOR))
+
+
+class Rig:
+    """A storage daemon with the servers below it, used for one case after the other; a context manager."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._stack = ExitStack()
+        self._scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="powercut-")))
+        self._gate = Gate()
+        size = plan.size if plan.format == "raw" else 2 * plan.size + 16 * plan.cluster + _MIB
+        self._image = HoldingExport(self._gate, "image", size, plan.lie)
+        base = HoldingExport(self._gate, "backing file", plan.size, plan.lie)
+        base.load(stamp.make(0, 0, 0, plan.size // SECTOR))
+        for name, export in (("image", self._image), ("base", base)):
+            self._stack.enter_context(Server(export, self._scratch / name))
+        self._control: Control | None = None
+        self._starts: dict[str, bytes] = {}
+        self._read: dict[bytes, tuple[bytes, Fault | None]] = {}  # by digest: what QEMU reads, what the check says
+        self._case: Any = None
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._control is not None:
+            self._control.close()
+        self._stack.close()
+
+    def _daemon(self) -> Control:
+        if self._control is None:
+            self._control = Control()
+            file = {"driver": "nbd", "server": {"type": "unix", "path": str(self._scratch / "base")}}
+            node = {"driver": "raw", "node-name": "base", "read-only": True, "file": file}
+            self._control.ask("blockdev-add", **node)
+        return self._control
+
+    def _lost(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._gate.disarm()
+        self._gate.release()
+        self._gate.keep_no_reads()
+
+    def _node(self, start: str) -> dict[str, Any]:
+        server = {"type": "unix", "path": str(self._scratch / "image")}
+        node = {
+            "driver": self.plan.format,
+            "discard": "unmap",
+            "file": {"driver": "nbd", "discard": "unmap", "server": server},
+        }
+        return node | ({"backing": "base" if start == "backed" else None} if self.plan.format == "qcow2" else {})
+
+    def _begin(self, start: str) -> bytes:
+        """The image that cases with this start begin with."""
+        if start not in self._starts:
+            plan, path, under = self.plan, self._scratch / start, self._scratch / "under"
+            under.write_bytes(stamp.make(0, 0, 0, plan.size // SECTOR))
+            backing = under if start == "backed" else None
+            create_image(path, plan.format, plan.size, dict(plan.options), backing)
+            self._image.load(path.read_bytes())
+            if start in ("written", "warm", "snapshot"):
+                guest = self._daemon().open(self._node(start))
+                self._fill(guest, plan.base, 2 * plan.cluster)
+                if start != "warm":
+                    self._fill(guest, plan.spare, plan.cluster)
+                self._daemon().shut(guest)
+            if start == "snapshot":
+                path.write_bytes(self._image.data)
+                subprocess.run([tool("qemu-img"), "snapshot", "-c", "s", str(path)], check=True, timeout=60)
+                self._image.load(path.read_bytes())
+            self._starts[start] = bytes(self._image.data)
+        return self._starts[start]
+
+    def _fill(self, guest: Guest, offset: int, length: int) -> None:
+        """Write what was there before the history."""
+        guest.write(offset, stamp.make(0, 0, offset // SECTOR, length // SECTOR))
+
+    def run(self, case: Case, choose: Choice | None = None) -> Ran:
+        """Run a case once. `choose` decides what is held instead of the case."""
+        if (case.start, case.history) != self._case:
+            self._case = (case.start, case.history)
+            self._read.clear()
+        ran = Ran()
+        try:
+            self._image.load(self._begin(case.start))
+            guest = self._daemon().open(self._node(case.start))
+            if case.start == "warm":
+                self._fill(guest, self.plan.spare, self.plan.cluster)
+                guest.read(self.plan.base, self.plan.cluster)
+            if case.start in _STOCKED:
+                guest.read(self.plan.spare, SECTOR)
+                self._gate.keep_reads(self.plan.cluster)
+            driver = Driver(guest, self._daemon(), self._gate)
+            self._gate.arm(choose or dict(case.holds).get)
+            self._issue(case, driver, ran, None if choose else len(case.holds))
+            self._finish(case, driver, guest, ran)
+        except Hang as hang:
+            ran.faults.append(Fault("hang", str(hang)))
+            self._lost()
+        except EnvironmentFault as fault:
+            ran.faults.append(Fault("lost", str(fault)))
+            self._lost()
+        return ran
+
+    def _issue(self, case: Case, driver: Driver, ran: Ran, wanted: int | None) -> None:
+        """Issue the history, then let everything go and wait for all answers."""
+        gate = self._gate
+        crossing: list[Issued] = []
+        for number, operation in enumerate(case.history, 1):
+            gate.release(number)
+            if driver.conflicts(operation):
+                held = [at.label.operation for at in gate.arrivals if at.until is not None]
+                ran.pointless = len(held) == wanted and set(held) == {number - 1}
+                gate.release()
+                while driver.conflicts(operation):
+                    driver.wait()
+                if ran.pointless:
+                    break
+            if gate.holding and case.start in _STOCKED:
+                driver.stock(self.plan.spare)
+            gate.issuing(number)
+            crosses = gate.holding
+            driver.issue(operation)
+            driver.settle()
+            crossing += [driver.log[-1]] if crosses else []
+            if gate.holding:
+                ran.overtook = sum(entry.completed is not None for entry in crossing)
+        ran.crossed = len(crossing)
+        gate.disarm()
+        gate.release()
+        gate.keep_no_reads()
+        driver.drain()
+        ran.arrivals = gate.arrivals
+        ran.held = sum(at.until is not None for at in gate.arrivals)
+
+    def _finish(self, case: Case, driver: Driver, guest: Any, ran: Ran) -> None:
+        """Close in an orderly way and judge."""
+        if ran.pointless:
+            self._daemon().shut(guest)
+            return
+        guest.flush()
+        live = guest.read(0, self.plan.size)
+        self._daemon().shut(guest)
+        judge = Judge(self.plan, case.start, driver.log)
+        found: list[Fault | None] = []
+        for entry in driver.log:
+            if entry.error:
+                text = f"operation {entry.number} ({entry.operation}) failed with errno {entry.error}"
+                found.append(Fault("error", text))
+            elif entry.operation.kind == "read":
+                ran.reads += 1
+                assert entry.completed is not None
+                where = f"read {entry.number}"
+                fault = judge.fault("read", entry.operation.offset, entry.data, entry.issued, entry.completed)
+                found.append(fault and Fault(fault.kind, fault.text.replace("read", where, 1)))
+        now = driver.clock + 1
+        found.append(judge.fault("disk", 0, live, now, now))
+        content, checked = self._reopened(case.start)
+        found += [judge.fault("reopened", 0, content, now, now), checked]
+        ran.faults += [fault for fault in found if fault]
+
+    def _reopened(self, start: str) -> tuple[bytes, Fault | None]:
+        """What QEMU reads from the image as it is now, and what the checker says; asked once for equal images."""
+        data = bytes(self._image.data)
+        digest = xxhash.xxh3_128_digest(data)
+        if digest not in self._read:
+            guest = self._daemon().open(self._node(start), writable=False)
+            content = bytes(guest.read(0, self.plan.size))
+            self._daemon().shut(guest)
+            self._read[digest] = content, self._check(data)
+        return self._read[digest]
+
+    def _check(self, data: bytes) -> Fault | None:
+        if self.plan.format != "qcow2":
+            return None
+        result = check(_Memory(data), trust_dirty=True)
+        for problem in result.problems:
+            return Fault(f"structure-{problem.kind}", problem.text)
+        if result.corruptions or result.check_errors or result.aborted:
+            said = f"{result.corruptions} corruptions, {result.check_errors} errors {result.aborted}"
+            return Fault("structure", said.strip())
+        return Fault("leak", f"{result.leaks} leaked clusters, and nothing crashed") if result.leaks else None
