@@ -119,11 +119,12 @@ class Qcow2:
         for first, last in recording.promise.tightened:
             changed[first // per_cluster : -(-last // per_cluster)] = True
         if recording.image.touched:
-            host = np.zeros(-(-recording.image.sectors // per_cluster) + 1, dtype=np.bool_)
-            for first, last in recording.image.touched:
-                host[first // per_cluster : -(-last // per_cluster)] = True
+            # A cluster was touched if, of all ranges that begin at or before it, one ends behind it.
+            ranges = np.array(sorted(recording.image.touched), dtype=np.int64)
+            begin, end = ranges[:, 0] // per_cluster, -(-ranges[:, 1] // per_cluster)
             cluster = host_offset(entry) >> header.cluster_bits
-            changed |= host[np.minimum(cluster, len(host) - 1)]
+            before = np.searchsorted(begin, cluster, side="right") - 1
+            changed |= (before >= 0) & (cluster < np.maximum.accumulate(end)[before])
         return np.flatnonzero(changed)
 
     def _suspects(self, header: Header, guest: I64, entry: U64, bitmap: U64 | None) -> list[I64]:
