@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -360,8 +361,11 @@ def test_control_a_command_that_works_does_load_numpy(tmp_path):
 
 
 def test_every_command_has_help_and_no_other_is_there():
-    assert set(COMMANDS) <= set(main.commands)
-    for command in main.commands.values():
+    context = click.Context(main)
+    assert set(COMMANDS) <= set(main.list_commands(context))
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
         assert command.help
 
 

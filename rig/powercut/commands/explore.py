@@ -1,0 +1,89 @@
+"""`powercut explore`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from powercut.commands import JOBS, JSON, SAVE
+
+
+@click.command()
+@click.argument("trace")
+@click.option("--format", "format_name", help="The image's format.  [default: what the trace says]")
+@click.option(
+    "--atom",
+    type=click.Choice(["512", "4096"]),
+    default="512",
+    show_default=True,
+    help="Bytes the disk writes in one piece.",
+)
+@click.option("--checker", metavar="CMD", help="Let this command judge, on an NBD URI ({}, or its last word).")
+@click.option(
+    "--recovery-depth",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Explore crashes inside what the checker writes.",
+)
+@click.option(
+    "--lying-flushes",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="So many of the last flushes before each crash did nothing.",
+)
+@click.option("--budget", type=click.IntRange(1), help="At most this many checks.  [default: until exhausted]")
+@click.option(
+    "--rule",
+    "rules",
+    type=click.Choice(["opens", "structure", "acknowledged"]),
+    multiple=True,
+    help="Judge only this rule (opens is always judged).  [default: all]",
+)
+@JOBS
+@SAVE
+@JSON
+def explore(
+    trace: str,
+    format_name: str | None,
+    atom: str,
+    checker: str | None,
+    recovery_depth: int,
+    lying_flushes: int,
+    budget: int | None,
+    rules: tuple[str, ...],
+    jobs: int | None,
+    save: Path | None,
+    json_path: str | None,
+) -> None:
+    """Visit every crash state of TRACE and say HOLDS, BROKEN or UNKNOWN."""
+    from powercut import run
+    from powercut.report import document, outcome
+    from powercut.report.text import progress
+    from powercut.session import RULES, Plan
+    from powercut.trace import Trace
+
+    format_name = format_name or str(Trace(trace).meta.get("format", ""))
+    if not format_name:
+        raise click.UsageError(f"{trace} does not say which format it is of: give --format")
+    plan = Plan(
+        trace,
+        format_name,
+        int(atom),
+        rules or RULES,
+        checker=checker,
+        recovery_depth=recovery_depth,
+        lying=lying_flushes,
+    )
+    begin = time.monotonic()
+    with progress("exploring") as show_progress:
+        result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)
+    saved = outcome.save(result.findings, save or Path(f"{trace}.findings"))
+    if json_path != "-":
+        click.echo(outcome.text(result, saved, time.monotonic() - begin))
+    document.write(outcome.document(result, saved), json_path)
+    sys.exit(result.verdict.exit_code)
