@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from powercut.errors import InputError
-from powercut.record import operations
+from powercut.operations import operations
 from powercut.scenario import Scenario, Workload, from_options, load, parse_size
 from powercut.trace import Kind
 

@@ -23,6 +23,7 @@ FLOORS = [
     {"external"},
     {"session"},
     {"explain"},
+    {"operations"},
     {"inflight"},
     {"run", "record", "races", "histories"},
     {"bundle"},

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from powercut import formats, record, run
+from powercut import formats, operations, record, run
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
 from powercut.report import outcome as reports
@@ -93,7 +93,7 @@ def _load(file: Path) -> Scenario:
     scenario = load(file)
     try:
         formats.find(scenario.format)
-        record.operations(scenario)
+        operations.operations(scenario)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     return scenario

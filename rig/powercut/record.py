@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,14 @@ from powercut import __version__, formats, stamp
 from powercut.capture.logwrites import Log, import_log
 from powercut.capture.nbd import RecordingExport
 from powercut.errors import EnvironmentFault, InputError
-from powercut.guest.daemon import Daemon, create_image, version
-from powercut.guest.workload import KINDS, Operation, Workload, draw
+from powercut.guest.daemon import create_image, version
+from powercut.guest.manage import Managed
+from powercut.guest.past import Change, Past
+from powercut.guest.workload import Operation, Verb, Workload
+from powercut.operations import operations
 from powercut.scenario import Scenario, parse_size
 from powercut.trace import SECTOR, Kind, TraceWriter
 from quire.nbd import Server
-
-
-def operations(scenario: Scenario) -> list[Operation]:
-    """The operations of a scenario's workload. Raises InputError for a history that makes no sense, and for a scenario
-    that cannot be recorded."""
-    size = parse_size(scenario.size)
-    for name, text in (("size", scenario.size), ("backing", scenario.backing)):
-        if text is not None and (parse_size(text) % SECTOR or not parse_size(text)):
-            raise InputError(f"{name} {text}: not a positive multiple of {SECTOR} bytes")
-    if scenario.workload.history:
-        work = [_parse(line, size) for line in scenario.workload.history]
-    else:
-        work = list(draw(scenario.workload.seed, scenario.workload.operations, size, scenario.workload.extra))
-    if scenario.record.via == "blklogwrites":
-        _check_log(scenario, work)
-    elif scenario.record.no_flush:
-        raise InputError("no_flush does nothing over nbd")
-    return work
-
-
-def _check_log(scenario: Scenario, work: list[Operation]) -> None:
-    if scenario.workload.extra or any(operation.kind not in (Kind.WRITE, Kind.FLUSH) for operation in work):
-        raise InputError(
-            "via blklogwrites only writes and flushes can be judged: zeroes and discards bear no stamps, and a reopen "
-            "begins a new log"
-        )
-    if scenario.backing is not None or scenario.record.lie:
-        raise InputError("via blklogwrites neither a backing file nor a lie can be recorded")
-
-
-def _parse(line: str, size: int) -> Operation:
-    words = line.split()
-    kind = KINDS.get(words[0]) if words else None
-    unmap = words[-1:] == ["unmap"]
-    places = words[1 : len(words) - unmap]
-    bare = kind in (Kind.FLUSH, Kind.MARK)
-    if kind is None or len(places) != (0 if bare else 2) or (unmap and kind is not Kind.ZERO):
-        raise InputError(
-            f"history: {line!r} is not one of: write|zero|discard OFFSET LENGTH, zero ... unmap, flush, reopen"
-        )
-    offset, length = [parse_size(word) for word in places] or [0, 0]
-    if (offset | length) % SECTOR or offset + length > size or (length == 0) != bare:
-        raise InputError(f"history: {line!r} is not a range of whole sectors within {size} bytes")
-    return Operation(kind, offset, length, unmap)
 
 
 def record(scenario: Scenario, out: Path, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
@@ -78,7 +37,8 @@ def record(scenario: Scenario, out: Path, progress: Callable[[int, int], None] =
         if scenario.backing is not None:
             _stamped_file(base, parse_size(scenario.backing))
         create_image(image, scenario.format, size, scenario.options, base if scenario.backing is not None else None)
-        host = -(-formats.find(scenario.format).host_size(size) // SECTOR) * SECTOR
+        most = max([size, *(operation.length for operation in work if operation.verb is Verb.RESIZE)])
+        host = -(-formats.find(scenario.format).host_size(most) // SECTOR) * SECTOR
         if image.stat().st_size < host:
             os.truncate(image, host)
         writer = stack.enter_context(TraceWriter(out, _meta(scenario, host)))
@@ -132,49 +92,66 @@ def _stamped_file(path: Path, size: int) -> None:
             out.write(stamp.make(0, 0, sector, min(2048, size // SECTOR - sector)))
 
 
-def _format_nodes(scenario: Scenario, scratch: Path, below: str) -> list[dict[str, Any]]:
-    """The block nodes from the format up to the one called "disk", on top of node `below`."""
-    disk: dict[str, Any] = {"driver": scenario.format, "node-name": "disk", "file": below, "discard": "unmap"}
-    nodes = [disk]
+def _node(scenario: Scenario, scratch: Path, below: dict[str, Any]) -> dict[str, Any]:
+    """The block node of the image, the one `below` being its file."""
+    node: dict[str, Any] = {"driver": scenario.format, "file": below, "discard": "unmap"}
     if scenario.backing is not None:
-        disk["backing"] = "base"
-        base_file = {"driver": "file", "filename": str(scratch / "base"), "read-only": True}
-        nodes.insert(0, {"driver": "raw", "node-name": "base", "read-only": True, "file": base_file})
-    return nodes
+        node["backing"] = {"driver": "raw", "file": {"driver": "file", "filename": str(scratch / "base")}}
+    return node
 
 
 def _drive(
     scenario: Scenario,
     work: list[Operation],
-    nodes: list[dict[str, Any]],
+    node: dict[str, Any],
     writer: TraceWriter | None,
     guest: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Run the workload through QEMU and end QEMU in an orderly way, between reopens and at the end."""
+    """Run the workload through QEMU, close the image in an orderly way, and end QEMU."""
+    sizes = [operation.length for operation in work if operation.verb is Verb.RESIZE]
+    past: Past | None = None
+    if any(operation.verb in (Verb.RESIZE, Verb.APPLY) for operation in work):
+        size, base = parse_size(scenario.size), parse_size(scenario.backing or "0")
+        past = Past(max(size, *sizes, 0), size, min(size, base))
 
     def counted(begin: int, end: int) -> Iterator[Operation]:
         for done in range(begin, end):
             progress(done, len(work))
             yield work[done]
 
-    workload: Workload | None = None
-    begin = 0
-    for end in [*(i for i, operation in enumerate(work) if operation.kind is Kind.MARK), len(work)]:
-        with Daemon(nodes) as daemon:
-            client = daemon.connect()
-            try:
-                if workload is None:
-                    workload = Workload(client, writer, guest, scenario.workload.depth)
-                else:
-                    workload.reopened(client)
-                workload.run(counted(begin, end))
-            finally:
-                client.close()
-        if workload.errors:
-            number, error = workload.errors[0]
-            raise EnvironmentFault(f"operation {number} failed while it was recorded: {os.strerror(error)}")
-        begin = end + 1
+    with Managed(node) as managed:
+        workload = Workload(managed.client, writer, guest, scenario.workload.depth)
+        begin = 0
+        for end in [*(i for i, operation in enumerate(work) if operation.verb is not None), len(work)]:
+            workload.run(counted(begin, end))
+            if workload.errors:
+                number, error = workload.errors[0]
+                raise EnvironmentFault(f"operation {number} failed while it was recorded: {os.strerror(error)}")
+            if past is not None:
+                for number in range(begin, end):
+                    past.done(number + 1, work[number])
+            if end < len(work):
+                changes = past.changes(end + 1, work[end]) if past is not None else []
+                with _in_flight(writer, guest, changes):
+                    managed.manage(work[end])
+                workload.managed(managed.client)
+            begin = end + 1
+
+
+@contextmanager
+def _in_flight(writer: TraceWriter | None, guest: int, changes: list[Change]) -> Iterator[None]:
+    """Mark `changes` of the guest's disk as issued now and completed when the context is left."""
+    if writer is None:
+        yield
+        return
+    issued = [
+        writer.issue(change.kind, guest, change.offset, change.length, ref=change.ref)
+        for change in changes
+    ]  # fmt: skip
+    yield
+    for position in issued:
+        writer.complete(position)
 
 
 def _record_nbd(
@@ -188,9 +165,9 @@ def _record_nbd(
     image, guest = files
     export = RecordingExport(scratch / "image", writer, image, frozenset(scenario.record.lie))
     socket = str(scratch / "image.sock")
-    below = {"driver": "nbd", "node-name": "image", "discard": "unmap", "server": {"type": "unix", "path": socket}}
+    below = {"driver": "nbd", "discard": "unmap", "server": {"type": "unix", "path": socket}}
     with Server(export, socket):
-        _drive(scenario, work, [below, *_format_nodes(scenario, scratch, "image")], writer, guest, progress)
+        _drive(scenario, work, _node(scenario, scratch, below), writer, guest, progress)
 
 
 def _record_log(
@@ -201,18 +178,19 @@ def _record_log(
     size: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    image, log = scratch / "image", scratch / "log"
+    log = scratch / "log"
     log.touch()
-    below: list[dict[str, Any]] = [
-        {"driver": "file", "node-name": "file", "filename": str(image), "discard": "unmap"},
-        {"driver": "file", "node-name": "log", "filename": str(log)},
-        {"driver": "blklogwrites", "node-name": "image", "file": "file", "log": "log", "discard": "unmap"},
-    ]
-    nodes = [*below, *_format_nodes(scenario, scratch, "image")]
+    below: dict[str, Any] = {
+        "driver": "blklogwrites",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(scratch / "image"), "discard": "unmap"},
+        "log": {"driver": "file", "filename": str(log)},
+    }
+    node = _node(scenario, scratch, below)
     if scenario.record.no_flush:
-        for node in nodes:
-            node["cache"] = {"no-flush": True}
-    _drive(scenario, work, nodes, None, -1, progress)
+        for each in (node, below, below["file"], below["log"]):
+            each["cache"] = {"no-flush": True}
+    _drive(scenario, work, node, None, -1, progress)
     import_log(Log(log), writer, 0, size)
 
 

@@ -7,6 +7,8 @@ recovered disk is one of membership.
 
 A discard is a hint: it makes zeros legal, now and later, and takes nothing away, because a device may ignore
 it for a part of the range or for all of it (NBD protocol, NBD_CMD_TRIM; QEMU ignores unaligned edges).
+
+The disk's size is promised in the same way: TRUNCATE events change it, and a flush makes them durable.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Promise(Durability):
     def __init__(self, trace: Trace, guest: FileInfo) -> None:
         super().__init__(trace, guest.id)
         events = trace.events
-        self.size = guest.size
+        self.size = self.sectors * SECTOR  # bytes of the disk at its largest
+        self._size = guest.size
         # One more at the end, for an index of -1: what was there before the first event.
         self.op: Sectors = np.append(np.where(events["kind"] == Kind.WRITE, events["ref"], ZERO), ZERO)
         mine = (events["file"] == guest.id) & (events["kind"] == Kind.WRITE)
@@ -41,6 +44,24 @@ class Promise(Durability):
         self._begin, self._end = np.append(begin, 0) // SECTOR, np.append(end, 0) // SECTOR
         self._may_be_zero: Any = sparse_zeros(self.sectors, np.bool_)
         self.tightened: list[tuple[int, int]] = []  # sector ranges whose legal contents became fewer
+        resized = (events["file"] == guest.id) & (events["kind"] == Kind.TRUNCATE) & (events["result"] == 0)
+        self._resized: list[int] = np.flatnonzero(resized).tolist()
+        flushed = (events["file"] == guest.id) & (events["kind"] == Kind.FLUSH) & (events["result"] == 0)
+        self._flushed: list[tuple[int, int]] = events[flushed][["issued", "completed"]].tolist()
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many bytes the disk may have, what is durable first."""
+        sizes = [self._size]
+        for event in self._resized:
+            if self.issued[event] >= self.position:
+                break
+            done, length = self.completed[event], int(self.trace.events["length"][event])
+            if any(done < issued and completed < self.position for issued, completed in self._flushed):
+                sizes = [length]
+            else:
+                sizes.append(length)
+        return sizes
 
     def entered(self, event: int) -> None:
         self._live[event] = True
@@ -66,15 +87,17 @@ class Promise(Durability):
         return np.asarray(ok)
 
     def _in_flight(self, at: Sectors, op: Sectors) -> NDArray[np.bool_]:
-        if len(self._ops):
-            place = np.searchsorted(self._ops, op, side="right") - 1
-            event, known = self._event_of_op[place], (place >= 0) & (self._ops[place] == op)
-        else:
-            event, known = np.full(len(op), -1), np.zeros(len(op), dtype=np.bool_)
-        ok = known & self._live[event] & (self._begin[event] <= at) & (at < self._end[event])
-        if self.overtaking:
-            writer = self.writer[at]
-            ok &= (writer == 0) | (self._issued[writer - 1] < self._completed[event])
+        ok = np.zeros(len(op), dtype=np.bool_)
+        place = np.searchsorted(self._ops, op)  # several events have one number where a snapshot was applied
+        beyond = np.searchsorted(self._ops, op, side="right")
+        while (known := place < beyond).any():
+            event = self._event_of_op[np.where(known, place, 0)]
+            hit = known & self._live[event] & (self._begin[event] <= at) & (at < self._end[event])
+            if self.overtaking:
+                writer = self.writer[at]
+                hit &= (writer == 0) | (self._issued[writer - 1] < self._completed[event])
+            ok |= hit
+            place += 1
         zero = op == ZERO
         if zero.any():
             ok |= zero & self._may_be_zero[at]

@@ -27,7 +27,7 @@ _HANG = 10.0  # seconds without any answer while nothing is held
 _STEP = 0.0003  # how long a guest looks for an answer before it asks whether anything moves
 _ROUNDS = 3  # times the daemon must have gone around its loop with nothing moving
 _STOCK = 6  # reads in flight that a server may keep
-_BUSY = "is in use"
+_BUSY = ("is in use", "Permission conflict")  # while a connection that was closed is not gone yet
 COMMANDS: Final = {
     "write": Command.WRITE,
     "zero": Command.WRITE_ZEROES,
@@ -117,21 +117,33 @@ class Control:
     def open(self, node: dict[str, Any], *, writable: bool = True) -> Guest:
         """Open an image as node "disk" and return a client of it."""
         self.ask("blockdev-add", **{**node, "node-name": "disk", "read-only": not writable})
+        return self._export(writable)
+
+    def _export(self, writable: bool) -> Guest:
         self.ask("block-export-add", type="nbd", id="disk", name="disk", node_name="disk", writable=writable)
         return Guest(self._path, "disk", _PATIENCE)
 
-    def shut(self, guest: Guest) -> None:
-        """Close the image in an orderly way: when this returns, its format driver has written everything."""
+    def _unexport(self, guest: Guest, then: str, **arguments: Any) -> None:
+        """Take the disk from its guest, and execute a command that needs it to have none."""
         guest.close()
         self.ask("block-export-del", id="disk", mode="hard")
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                self.ask("blockdev-del", node_name="disk")
+                self.ask(then, **arguments)
                 return
             except EnvironmentFault as fault:  # the connection may take a moment to go
-                if _BUSY not in str(fault) or time.monotonic() > deadline:
+                if not any(busy in str(fault) for busy in _BUSY) or time.monotonic() > deadline:
                     raise
+
+    def shut(self, guest: Guest) -> None:
+        """Close the image in an orderly way: when this returns, its format driver has written everything."""
+        self._unexport(guest, "blockdev-del", node_name="disk")
+
+    def resize(self, guest: Guest, size: int) -> Guest:
+        """Change the size of the disk, which stays open, while no guest has it; return a new client of it."""
+        self._unexport(guest, "block_resize", node_name="disk", size=size)
+        return self._export(True)
 
     def close(self) -> None:
         """End the daemon, whatever it is doing."""

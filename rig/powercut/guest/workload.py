@@ -6,6 +6,7 @@ it is always known which came first. Operation 0 is what the disk held before; t
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from powercut.trace import SECTOR, Kind, TraceWriter
 from quire.nbd_protocol import Command
 
 MIB = 1 << 20
-KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH, "reopen": Kind.MARK}
+KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH}
 _COMMANDS = {
     Kind.WRITE: Command.WRITE,
     Kind.ZERO: Command.WRITE_ZEROES,
@@ -25,15 +26,30 @@ _COMMANDS = {
 }
 
 
+class Verb(enum.StrEnum):
+    """What is done to the image from outside, while the guest has nothing in flight (`powercut.guest.manage`)."""
+
+    REOPEN = "reopen"
+    CREATE = "snapshot create"
+    APPLY = "snapshot apply"
+    DELETE = "snapshot delete"
+    RESIZE = "resize"
+    COMMIT = "commit"
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`offset` and `length` are bytes, multiples of 512; both are 0 for a flush and a reopen (kind MARK: no event of
-    the disk, see `Workload.reopened`). `unmap`: a zero may deallocate."""
+    """`offset` and `length` are bytes, multiples of 512; both are 0 for a flush. `unmap`: a zero may deallocate.
+
+    Of kind MARK it is no request of the guest's: `verb` says what is done, `name` to which snapshot, and `length` is
+    the size after a resize."""
 
     kind: Kind
     offset: int = 0
     length: int = 0
     unmap: bool = False
+    verb: Verb | None = None
+    name: str = ""
 
 
 def draw(seed: int, operations: int, size: int, extra: Iterable[str] = ()) -> Iterator[Operation]:
@@ -98,11 +114,12 @@ class Workload:
             self._submit(operation)
         self._drain()
 
-    def reopened(self, client: Client) -> None:
-        """Go on with `client`: the image was closed and opened again. That counts as an operation, so that the numbers
-        of operations are those of a history's lines."""
+    def managed(self, client: Client) -> int:
+        """Go on with `client`: something was done to the image. That counts as an operation, so that the numbers of
+        operations are those of a history's lines. Returns its number."""
         self._client = client
         self._number += 1
+        return self._number
 
     def _conflicts(self, operation: Operation) -> bool:
         end = operation.offset + operation.length

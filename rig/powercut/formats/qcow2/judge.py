@@ -34,7 +34,7 @@ from powercut.formats.qcow2.roles import roles
 from powercut.formats.reader import prove, suspects
 from powercut.oracles.acknowledged import unlawful_zeros
 from powercut.stamp import SECTOR
-from powercut.verdict import Problem
+from powercut.verdict import Problem, Severity
 
 _NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from the image
 _AT_ONCE = 1 << 20  # guest sectors judged at once: bounds the memory for the arrays
@@ -76,6 +76,10 @@ class Qcow2:
         assert header is not None
         if header.data_file:
             raise Unjudged("the guest's data is in an external data file, which was not recorded")
+        sizes = self._recording.promise.sizes if self._recording.promise else []
+        if header.size not in sizes:
+            text = f"the disk has {header.size:,} bytes; legal: {' or '.join(f'{size:,}' for size in sizes)}"
+            report(Problem("acknowledged", "size", 0, Severity.SILENT, text))
         bad: list[I64] = []
         guest = self._changed(header, mapping.entry, mapping.bitmap)
         bitmap = None if mapping.bitmap is None else mapping.bitmap[guest]
@@ -113,9 +117,11 @@ class Qcow2:
         if self._legal is None:
             changed = entry != 0
         else:
-            changed = entry != self._legal[0]
+            known = min(len(entry), len(self._legal[0]))  # they differ while the disk is resized
+            changed = np.ones(len(entry), dtype=np.bool_)
+            changed[:known] = entry[:known] != self._legal[0][:known]
             if bitmap is not None and self._legal[1] is not None:
-                changed |= bitmap != self._legal[1]
+                changed[:known] |= bitmap[:known] != self._legal[1][:known]
         for first, last in recording.promise.tightened:
             changed[first // per_cluster : -(-last // per_cluster)] = True
         if recording.image.touched:

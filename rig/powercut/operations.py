@@ -1,0 +1,97 @@
+"""A scenario's operations: from the words of a history, or drawn from a seed."""
+
+from __future__ import annotations
+
+from powercut.errors import InputError
+from powercut.guest.workload import KINDS, Operation, Verb, draw
+from powercut.scenario import Scenario, parse_size
+from powercut.trace import SECTOR, Kind
+
+_VERBS = {str(verb): verb for verb in Verb}
+_FORMS = (
+    "write|zero|discard OFFSET LENGTH, zero ... unmap, flush, reopen, snapshot create|apply|delete NAME, resize SIZE, "
+    "commit"
+)
+
+
+def operations(scenario: Scenario) -> list[Operation]:
+    """The operations of a scenario's workload. Raises InputError for a history that makes no sense, and for a scenario
+    that cannot be recorded."""
+    size = parse_size(scenario.size)
+    for name, text in (("size", scenario.size), ("backing", scenario.backing)):
+        if text is not None and (parse_size(text) % SECTOR or not parse_size(text)):
+            raise InputError(f"{name} {text}: not a positive multiple of {SECTOR} bytes")
+    if scenario.workload.history:
+        reader = _Reader(scenario, size)
+        work = [reader.operation(line) for line in scenario.workload.history]
+    else:
+        work = list(draw(scenario.workload.seed, scenario.workload.operations, size, scenario.workload.extra))
+    if scenario.record.via == "blklogwrites":
+        _check_log(scenario, work)
+    elif scenario.record.no_flush:
+        raise InputError("no_flush does nothing over nbd")
+    return work
+
+
+def _check_log(scenario: Scenario, work: list[Operation]) -> None:
+    if scenario.workload.extra or any(operation.kind not in (Kind.WRITE, Kind.FLUSH) for operation in work):
+        raise InputError(
+            "via blklogwrites only writes and flushes can be judged: zeroes and discards bear no stamps, and a reopen "
+            "begins a new log"
+        )
+    if scenario.backing is not None or scenario.record.lie:
+        raise InputError("via blklogwrites neither a backing file nor a lie can be recorded")
+
+
+class _Reader:
+    """Reads a history line by line, and knows how large the disk is there and which snapshots there are."""
+
+    def __init__(self, scenario: Scenario, size: int) -> None:
+        self._size = size
+        self._format = scenario.format
+        self._backed = scenario.backing is not None
+        self._snapshots: dict[str, int] = {}  # and how large the disk was
+
+    def operation(self, line: str) -> Operation:
+        """Raises InputError for what is not an operation, or not possible there."""
+        words = line.split()
+        name = " ".join(words[:2]) if words[:1] == ["snapshot"] else "".join(words[:1])
+        if name in _VERBS:
+            return self._managed(line, _VERBS[name], words[len(name.split()) :])
+        kind = KINDS.get(name)
+        unmap = words[-1:] == ["unmap"]
+        places = words[1 : len(words) - unmap]
+        bare = kind is Kind.FLUSH
+        if kind is None or len(places) != (0 if bare else 2) or (unmap and kind is not Kind.ZERO):
+            raise InputError(f"history: {line!r} is not one of: {_FORMS}")
+        offset, length = [parse_size(word) for word in places] or [0, 0]
+        if (offset | length) % SECTOR or offset + length > self._size or (length == 0) != bare:
+            raise InputError(f"history: {line!r} is not a range of whole sectors within {self._size} bytes")
+        return Operation(kind, offset, length, unmap)
+
+    def _managed(self, line: str, verb: Verb, words: list[str]) -> Operation:
+        takes = 0 if verb in (Verb.REOPEN, Verb.COMMIT) else 1
+        if len(words) != takes:
+            raise InputError(f"history: {line!r} is not one of: {_FORMS}")
+        if verb is not Verb.REOPEN and self._format != "qcow2":
+            raise InputError(f"history: {line!r}: {self._format} knows no such thing")
+        if verb is Verb.COMMIT and not self._backed:
+            raise InputError(f"history: {line!r}: there is no backing file")
+        if verb is Verb.RESIZE:
+            size = parse_size(words[0])
+            if size % SECTOR or not size:
+                raise InputError(f"history: {line!r}: not a positive multiple of {SECTOR} bytes")
+            self._size = size
+            return Operation(Kind.MARK, length=size, verb=verb)
+        name = "".join(words)
+        if name and (name in self._snapshots) == (verb is Verb.CREATE):
+            raise InputError(
+                f"history: {line!r}: there is {'already a' if verb is Verb.CREATE else 'no'} such snapshot"
+            )
+        if verb is Verb.CREATE:
+            self._snapshots[name] = self._size
+        elif verb is Verb.APPLY:
+            self._size = self._snapshots[name]
+        elif verb is Verb.DELETE:
+            del self._snapshots[name]
+        return Operation(Kind.MARK, verb=verb, name=name)
