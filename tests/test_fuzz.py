@@ -13,12 +13,12 @@ pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, rea
 
 
 def test_all_histories_of_two_operations_hold(tmp_path):
-    result = CliRunner().invoke(main, ["fuzz", "qcow2", "--systematic", "2", "--save", str(tmp_path)])
+    result = CliRunner().invoke(main, ["fuzz", "qcow2", "--systematic", "2", "--with", "", "--save", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "HOLDS" in result.output
 
 
 def test_a_sample_that_finds_nothing_is_unknown(tmp_path):
-    arguments = ["fuzz", "raw", "--examples", "5", "--seed", "3", "--save", str(tmp_path)]
+    arguments = ["fuzz", "raw", "--with", "", "--examples", "5", "--seed", "3", "--save", str(tmp_path)]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 3, result.output

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from powercut.errors import InputError
-from powercut.operations import operations
+from powercut.guest.workload import Verb
+from powercut.operations import operations, possible
 from powercut.scenario import Scenario, Workload, from_options, load, parse_size
 from powercut.trace import Kind
 
@@ -207,9 +208,55 @@ def test_a_history_is_taken_word_by_word():
         "WRITE 0 4k",
         "write 0 4kb",
         "zero unmap",
+        "reopen now",
+        "snapshot",
+        "snapshot create",
+        "snapshot create s1 s2",
+        "snapshot apply s1",
+        "snapshot delete s1",
+        "resize",
+        "resize 0",
+        "resize 100",
+        "commit",
+        "commit now",
     ],
 )
 def test_histories_that_make_no_sense(line):
     with pytest.raises(InputError) as caught:
         operations(history("flush", line))
     assert repr(line) in str(caught.value) or "is not a size" in str(caught.value)
+
+
+def test_a_history_knows_the_size_of_the_disk_and_its_snapshots():
+    got = operations(
+        history(
+            "snapshot create s1", "resize 2M", "write 1M 1M", "snapshot apply s1", "write 0 1M", "snapshot delete s1"
+        )
+    )
+    assert [operation.verb for operation in got if operation.verb] == [
+        Verb.CREATE, Verb.RESIZE, Verb.APPLY, Verb.DELETE
+    ]  # fmt: skip
+    for lines in (
+        ["resize 2M", "write 1M 2M"],
+        ["resize 512", "write 512 512"],
+        ["snapshot create s1", "resize 2M", "snapshot apply s1", "write 1M 512"],
+        ["snapshot create s1", "snapshot create s1"],
+        ["snapshot create s1", "snapshot delete s1", "snapshot apply s1"],
+    ):
+        with pytest.raises(InputError):
+            operations(history(*lines))
+
+
+def test_what_cannot_be_is_left_out():
+    lines = ["snapshot apply s1", "snapshot create s1", "resize 512", "write 512 512", "snapshot apply s1", "flush"]
+    assert possible(history(*lines)).workload.history == (
+        "snapshot create s1",
+        "resize 512",
+        "snapshot apply s1",
+        "flush",
+    )
+
+
+def test_raw_images_have_no_snapshots():
+    with pytest.raises(InputError, match="raw"):
+        operations(Scenario(about="", expect="HOLDS", format="raw", workload=Workload(history=("snapshot create s1",))))

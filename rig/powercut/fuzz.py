@@ -274,7 +274,7 @@ def systematic(
     """Try every history of up to `result.longest` operations over the alphabet."""
     search = Search(result, save)
     result.alphabet = tuple(histories.alphabet(result.extra))
-    result.of = sum(len(result.alphabet) ** n for n in range(1, result.longest + 1))
+    result.of = sum(1 for _ in histories.every(result.format, result.extra, result.longest))
     begin = time.monotonic()
     tries, again = (histories.every(result.format, result.extra, result.longest, lie) for _ in range(2))
     with _mapper(jobs) as mapped:
@@ -304,7 +304,7 @@ def search(
     format: str,
     save: Path,
     *,
-    extra: str = "",
+    extra: str | None = None,
     limit: str | None = None,
     seed: int | None = None,
     examples: int | None = None,
@@ -313,15 +313,17 @@ def search(
     jobs: int | None = None,
     progress: Progress = lambda done, of: None,
 ) -> Result:
-    """Search for defects of `format`: at random, or through all histories of up to `longest` operations.
+    """Search for defects of `format`: at random, or through all histories of up to `longest` operations. `extra`: the
+    kinds of operations to use besides writes, flushes and reopens (None: all).
 
     Raises InputError, EnvironmentFault.
     """
     formats.find(format)
     version()
-    kinds = tuple(dict.fromkeys(kind for kind in extra.split(",") if kind))
-    if not {"zero", "discard"}.issuperset(kinds):
-        raise InputError(f"--with {extra}: only zero and discard, with a comma between")
+    known = histories.KINDS[format]
+    kinds = known if extra is None else tuple(dict.fromkeys(kind for kind in extra.split(",") if kind))
+    if not set(known).issuperset(kinds):
+        raise InputError(f"--with {extra}: for {format} only {', '.join(known)}, with a comma between")
     seconds = duration(limit) if limit else None
     if longest is not None:
         if examples is not None or seed is not None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from powercut.operations import possible
 from powercut.scenario import Recording, Scenario, Workload
 from powercut.trace import SECTOR
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
+KINDS = {"qcow2": ("zero", "discard", "snapshot", "resize"), "raw": ("zero", "discard")}  # besides what all have
 KIB, MIB = 1 << 10, 1 << 20
 MOST = 12  # operations in a history that is drawn
 _LARGEST = 5 * MIB  # guest's disk: what has its edges farther out is tried without them
@@ -64,6 +66,19 @@ class Shape:
         some = [cluster, SECTOR, 2 * cluster, cluster - SECTOR, cluster + SECTOR, 5 * cluster, *self.reaches]
         return [length for length in dict.fromkeys([*some, self.size]) if 0 < length <= self.size]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes to give the disk, the simplest first."""
+        near = (self.cluster, -self.cluster, SECTOR, -SECTOR, 0)
+        edges = (self.size, self.reaches[0], 2 * self.reaches[0], self.cluster)
+        sizes = dict.fromkeys(edge + by for edge in edges for by in near)
+        return [size for size in sizes if 0 < size <= _LARGEST]
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """What QEMU does not do to such an image: a refcount of one bit cannot count a snapshot."""
+        return frozenset({"snapshot"} if dict(self.options).get("refcount_bits") == "1" else ())
+
 
 def _qcow2(cluster: int, extended: bool, bits: int, compat: str, lazy: bool) -> Shape:
     options = {}
@@ -97,12 +112,16 @@ def _lines(shape: Shape, kinds: tuple[str, ...]) -> SearchStrategy[str]:
     write, flush = placed("write"), st.just("flush")
     others = [placed("zero"), placed("zero", " unmap")] if "zero" in kinds else []
     others += [placed("discard")] if "discard" in kinds else []
+    if "snapshot" in kinds:
+        names = st.sampled_from(("s1", "s2"))
+        others += [names.map(f"snapshot {verb} {{}}".format) for verb in ("create", "apply", "delete")]
+    others += [st.sampled_from(shape.sizes).map(size_text).map("resize {}".format)] if "resize" in kinds else []
     return st.one_of(write, flush, *others, write, flush, *others, write, st.just("reopen"))
 
 
 def drawn(format: str, kinds: tuple[str, ...], lie: tuple[str, ...] = ()) -> SearchStrategy[Scenario]:
-    """Scenarios of at most `MOST` operations: writes, flushes, reopens, and what `kinds` names ("zero", "discard").
-    `lie` as in a scenario's recording."""
+    """Scenarios of at most `MOST` operations: writes, flushes, reopens, and what `kinds` names (of `KINDS`), from an
+    image that is fresh, has a snapshot, or a backing file. `lie` as in a scenario's recording."""
     from hypothesis import strategies as st
 
     @st.composite
@@ -119,8 +138,12 @@ def drawn(format: str, kinds: tuple[str, ...], lie: tuple[str, ...] = ()) -> Sea
             shorter = (shape.reaches[0] if shape.reaches[0] < shape.size else shape.cluster) + SECTOR
             backing = draw(st.sampled_from((None, None, shape.size, shorter)))
         depth = draw(st.sampled_from((1, 4)))
-        history = draw(st.lists(_lines(shape, kinds), min_size=1, max_size=MOST))
-        return scenario(format, shape, history, depth, backing, lie)
+        wanted = tuple(kind for kind in kinds if kind not in shape.refused)
+        before = []
+        if "snapshot" in wanted and draw(st.sampled_from((False, False, True))):
+            before = [f"write 0 {size_text(2 * shape.cluster)}", "snapshot create s0"]
+        history = draw(st.lists(_lines(shape, wanted), min_size=1, max_size=MOST))
+        return possible(scenario(format, shape, [*before, *history], depth, backing, lie))
 
     return scenarios()
 
@@ -146,20 +169,25 @@ def alphabet(kinds: tuple[str, ...]) -> list[str]:
     clusters under two L2 tables."""
     lines = ["write 0 4k", "write 512 512", "write 4k 4k", "write 2044k 8k", "flush", "reopen"]
     lines += ["zero 0 4k", "zero 0 4k unmap"] if "zero" in kinds else []
-    return lines + (["discard 0 4k"] if "discard" in kinds else [])
+    lines += ["discard 0 4k"] if "discard" in kinds else []
+    lines += [f"snapshot {verb} s1" for verb in ("create", "apply", "delete")] if "snapshot" in kinds else []
+    return lines + (["resize 4k", "resize 6M"] if "resize" in kinds else [])
 
 
 def every(format: str, kinds: tuple[str, ...], longest: int, lie: tuple[str, ...] = ()) -> Iterator[Scenario]:
-    """All histories of 1 to `longest` operations over the alphabet, one request at a time, the shortest first."""
+    """All histories of 1 to `longest` operations over the alphabet that make sense, one request at a time, the
+    shortest first."""
     shape = _qcow2(4 * KIB, False, 16, "1.1", False) if format == "qcow2" else Shape(4 * KIB, (2 * MIB,))
     for length in range(1, longest + 1):
         for history in itertools.product(alphabet(kinds), repeat=length):
-            yield scenario(format, shape, list(history), 1, None, lie)
+            tried = scenario(format, shape, list(history), 1, None, lie)
+            if possible(tried) == tried:
+                yield tried
 
 
 def operations(history: tuple[str, ...]) -> frozenset[str]:
-    """The kinds of operations in a history, beyond writes and flushes: {"zero unmap", "reopen"}."""
-    kinds = {line.split()[0] + (" unmap" if line.endswith("unmap") else "") for line in history}
+    """The kinds of operations in a history, beyond writes and flushes: {"zero unmap", "snapshot create"}."""
+    kinds = {" ".join(word for word in line.split() if word.isalpha()) for line in history}
     return frozenset(kinds - {"write", "flush"})
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import msgspec
+
 from powercut.errors import InputError
 from powercut.guest.workload import KINDS, Operation, Verb, draw
 from powercut.scenario import Scenario, parse_size
@@ -33,6 +37,17 @@ def operations(scenario: Scenario) -> list[Operation]:
     return work
 
 
+def possible(scenario: Scenario) -> Scenario:
+    """The scenario without those lines of its history that make no sense where they stand."""
+    reader, kept = _Reader(scenario, parse_size(scenario.size)), []
+    for line in scenario.workload.history:
+        with contextlib.suppress(InputError):
+            reader.operation(line)
+            kept.append(line)
+    workload = msgspec.structs.replace(scenario.workload, history=tuple(kept))
+    return msgspec.structs.replace(scenario, workload=workload)
+
+
 def _check_log(scenario: Scenario, work: list[Operation]) -> None:
     if scenario.workload.extra or any(operation.kind not in (Kind.WRITE, Kind.FLUSH) for operation in work):
         raise InputError(
@@ -50,6 +65,7 @@ class _Reader:
         self._size = size
         self._format = scenario.format
         self._backed = scenario.backing is not None
+        self._old = scenario.options.get("compat") in ("0.10", "v2")
         self._snapshots: dict[str, int] = {}  # and how large the disk was
 
     def operation(self, line: str) -> Operation:
@@ -81,6 +97,8 @@ class _Reader:
             size = parse_size(words[0])
             if size % SECTOR or not size:
                 raise InputError(f"history: {line!r}: not a positive multiple of {SECTOR} bytes")
+            if self._old and self._snapshots:
+                raise InputError(f"history: {line!r}: QEMU does not resize an image of version 2 that has snapshots")
             self._size = size
             return Operation(Kind.MARK, length=size, verb=verb)
         name = "".join(words)

@@ -15,7 +15,12 @@ from powercut.commands import JSON
 @click.option("--time", "limit", metavar="TIME", help="Draw no more after this: 90s, 5m, 1h.  [default: 1m]")
 @click.option("--examples", type=click.IntRange(1), help="Draw no more after this many recordings.")
 @click.option("--seed", type=int, help="What histories are drawn from.  [default: another one each time]")
-@click.option("--with", "extra", default="", metavar="KINDS", help="Also: zero, discard (with a comma between).")
+@click.option(
+    "--with",
+    "extra",
+    metavar="KINDS",
+    help="Besides writes, flushes and reopens: zero, discard, snapshot, resize, with a comma between.  [default: all]",
+)
 @click.option("--systematic", type=click.IntRange(1), metavar="N", help="All histories of up to N operations.")
 @click.option(
     "--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control)."
@@ -35,7 +40,7 @@ def fuzz(
     limit: str | None,
     examples: int | None,
     seed: int | None,
-    extra: str,
+    extra: str | None,
     systematic: int | None,
     lie: tuple[str, ...],
     jobs: int | None,
