@@ -126,7 +126,8 @@ class Flag(enum.IntFlag):
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file of the trace: `role` is "image", "backing" or "guest"; `size` in bytes when recording began."""
+    """A file of the trace: `role` is "image", "backing" or "guest"; `size` in bytes when recording began (0: a
+    guest's disk of which it is not known)."""
 
     id: int
     name: str

@@ -218,6 +218,22 @@ def test_a_real_log_holds(tmp_path, real):
 
 
 @needs_qemu
+@pytest.mark.parametrize(("size", "holds"), [(0, True), (16 << 20, True), ((16 << 20) - 4096, False)])
+def test_control_the_size_of_the_disk_is_judged_where_it_is_known(tmp_path, real, planted, size, holds):
+    """No log tells the size: 0. A recording of our own knows it, and another one is a breach."""
+    before, log = real
+    with TraceWriter(tmp_path / "t", {"scope": "completion-order"}) as writer:
+        image = writer.file("image", before.stat().st_size + (16 << 20), "image")
+        writer.base_file(image, before)
+        import_log(Log(log), writer, image, size)
+    outcome = run.explore_trace(run.Plan(str(tmp_path / "t"), "qcow2"), jobs=1)
+    assert (outcome.verdict is Verdict.HOLDS) == holds, outcome
+    assert all((finding.rule, finding.kind) == ("acknowledged", "size") for finding in outcome.findings)
+    if not holds:
+        planted("a disk of another size than was acknowledged", outcome.verdict is Verdict.BROKEN)
+
+
+@needs_qemu
 def test_control_a_real_log_without_flushes_is_broken(tmp_path, planted):
     code, output = explored(tmp_path, *qemu_log(tmp_path, no_flush=True))
     planted("cache.no-flush=on, by an imported log", code == 1)

@@ -435,7 +435,7 @@ def hostile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_stop_leaves_no_thread_and_no_socket(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
+    before = set(threading.enumerate())  # some may end meanwhile: an earlier test's
     with socket.socket(socket.AF_UNIX) as silent, contextlib.ExitStack() as stack:
         with Server(Memory(), tmp_path / "nbd") as server:
             silent.connect(str(tmp_path / "nbd"))  # never says a word
@@ -443,7 +443,7 @@ def test_stop_leaves_no_thread_and_no_socket(tmp_path: Path) -> None:
             plug.sendall(ask(Command.WRITE, 0, 4096)[:20])
         assert plug.recv(1) == b""
         server.stop()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
     assert not (tmp_path / "nbd").exists()
 
 

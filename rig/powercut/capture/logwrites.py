@@ -100,7 +100,8 @@ class Log:
 
 def import_log(log: Log, writer: TraceWriter, image: int, guest_size: int) -> int:
     """Write the events of `log`, made on file `image`, into a trace, with the guest's side as far as stamps tell it
-    (a guest file is declared if there are any). Returns the number of events."""
+    (a guest file is declared if there are any). `guest_size` is 0 if it is not known: no log tells it. Returns the
+    number of events."""
     marks = _GuestMarks(log, writer, guest_size)
     count = 0
     for entry in log:
@@ -128,14 +129,12 @@ class _GuestMarks:
         self._epoch = 0
         self._open: dict[int, int] = {}  # operation in flight: position of its mark
         self._seen: set[int] = set()
-        top = 0
         for entry in log:
             if entry.data is not None:
                 for operation, _, first, last in _stamped(entry.data):
                     low, high = self._range.get(operation, (first, last))
                     self._range[operation] = (min(low, first), max(high, last))
-                    top = max(top, last + 1)
-        self._guest = writer.file("guest", max(guest_size, top * SECTOR), "guest") if self._range else -1
+        self._guest = writer.file("guest", guest_size, "guest") if self._range else -1
 
     def before(self, data: memoryview) -> None:
         """Mark what the guest must have done before `data` was written."""

@@ -8,7 +8,8 @@ recovered disk is one of membership.
 A discard is a hint: it makes zeros legal, now and later, and takes nothing away, because a device may ignore
 it for a part of the range or for all of it (NBD protocol, NBD_CMD_TRIM; QEMU ignores unaligned edges).
 
-The disk's size is promised in the same way: TRUNCATE events change it, and a flush makes them durable.
+The disk's size is promised in the same way: TRUNCATE events change it, and a flush makes them durable. A size of 0
+when recording began says that it is not known, and nothing is promised about it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Promise(Durability):
 
     @property
     def sizes(self) -> list[int]:
-        """How many bytes the disk may have, what is durable first."""
+        """How many bytes the disk may have, what is durable first; none if its size is not known."""
+        if not self._size:
+            return []
         sizes = [self._size]
         for event in self._resized:
             if self.issued[event] >= self.position:

@@ -52,7 +52,8 @@ def summary(trace: Trace) -> str:
     lines += [f"  {key:10} {_plain(value)}" for key, value in meta.items() if value not in ([], {}, None)]
     for file in trace.files:
         events = ", ".join(f"{number:,} {kind}" for kind, number in _counts(trace, file.id).items()) or "no events"
-        lines.append(f"  {file.role:10} {file.size:,} bytes: {events}")
+        size = f"{file.size:,} bytes" if file.size or file.role != "guest" else "size not known"
+        lines.append(f"  {file.role:10} {size}: {events}")
     lines.append(f"  {overlapping(trace):,} events of the image were issued while others were in flight")
     if trace.truncated:
         lines.append(f"  warning: {trace.truncated}")

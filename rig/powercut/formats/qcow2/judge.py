@@ -77,7 +77,7 @@ class Qcow2:
         if header.data_file:
             raise Unjudged("the guest's data is in an external data file, which was not recorded")
         sizes = self._recording.promise.sizes if self._recording.promise else []
-        if header.size not in sizes:
+        if sizes and header.size not in sizes:
             text = f"the disk has {header.size:,} bytes; legal: {' or '.join(f'{size:,}' for size in sizes)}"
             report(Problem("acknowledged", "size", 0, Severity.SILENT, text))
         bad: list[I64] = []
