@@ -50,6 +50,7 @@ PACKAGES = {  # import name -> (distribution, what needs it)
     "msgspec": ("msgspec", "reading scenarios"),
     "tomlkit": ("tomlkit", "line numbers in errors about scenarios"),
     "rich": ("rich", "tables and progress"),
+    "scipy": ("scipy", "what a number of loops proves"),
     "qemu.qmp": ("qemu.qmp", "talking to virtual machines"),
 }
 
