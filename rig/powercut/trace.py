@@ -173,7 +173,7 @@ class TraceWriter:
                     rest = rest[os.pwrite(self._fd, rest, self._end + total - len(rest)) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._end)
+                os.ftruncate(self._fd, self._end + 1)  # not a whole record: a reader sees that the end is missing
             self._fault = f"{self.path}: recording stopped at byte {self._end}: {error.strerror}"
             raise EnvironmentFault(self._fault) from None
         self._end += total

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from tests.support.filetrace import files_of, files_under
 
 from powercut.cli import main
-from powercut.trace import Flag, Kind, Trace
+from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -26,6 +32,48 @@ def captured(folder, program: str, *options: str):
 def folder(tmp_path):
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def every_call(tmp_path_factory) -> str:
+    """A C program that makes every call there is."""
+    program = tmp_path_factory.mktemp("program") / "every_call"
+    source = Path(__file__).with_name("every_call.c")
+    subprocess.run(["cc", "-O2", "-w", "-pthread", "-o", str(program), str(source)], check=True)
+    return str(program)
+
+
+def test_the_trace_of_every_call_there_is_replays_to_the_files_that_are_there(folder, every_call):
+    path = folder.parent / "every.trace"
+    command = ["capture", "--out", str(path), "--dir", str(folder), "--json", str(folder.parent / "json"), "--"]
+    result = CliRunner().invoke(main, [*command, every_call, str(folder)])
+    assert result.exit_code == 0, result.output
+    trace = Trace(path)
+    trace.verify()
+    assert json.loads((folder.parent / "json").read_text())["refused"] == {}
+    assert files_of(trace) == files_under(folder)
+    kinds = {Kind(kind).name for kind in trace.events["kind"]}
+    assert kinds >= {"WRITE", "ZERO", "DISCARD", "TRUNCATE", "FLUSH", "CREATE", "LINK", "RENAME", "UNLINK", "SYNC_DIR"}
+    durable = trace.events[(trace.events["flags"] & Flag.FUA) != 0]
+    assert sorted(trace.files[event["file"]].name for event in durable) == ["synced", "synced", "writes"]
+    assert (trace.events["completed"][trace.events["kind"] != Kind.MARK] != NEVER).all()
+
+
+def test_threads_and_processes_share_one_sequence(folder, every_call):
+    """Their writes overlap in time, and each flush covers what had completed before it began."""
+    path = folder.parent / "every.trace"
+    CliRunner().invoke(main, ["capture", "--out", str(path), "--dir", str(folder), "--", every_call, str(folder)])
+    trace = Trace(path)
+    shared = next(info.id for info in trace.files if info.name == "shared")
+    mine = trace.events[trace.events["file"] == shared]
+    assert (mine["kind"] == Kind.WRITE).sum() == 200
+    assert (mine["kind"] == Kind.FLUSH).sum() == 4
+    positions = np.concatenate([trace.events["issued"], trace.events["completed"]])
+    assert len(np.unique(positions)) == len(positions)
+    for event in mine[mine["kind"] == Kind.WRITE]:  # each from one of four, in that one's order
+        payload = bytes(trace.payload(event))
+        assert payload == bytes([payload[0]]) * SECTOR
+        assert event["offset"] // SECTOR % 4 == payload[0] - ord("A")
 
 
 def test_writes_syncs_and_renames_are_seen(folder):
@@ -74,6 +122,106 @@ with open({str(folder / "m")!r}, "r+b") as file:
     result, _ = captured(folder, program)
     planted("a store through a mapping", result.exit_code == 2)
     assert result.exit_code == 2, result.output
+
+
+def c_program(folder: Path, source: str, *flags: str) -> str:
+    (folder / "program.c").write_text(f"#include <unistd.h>\n#include <sys/syscall.h>\n{source}")
+    subprocess.run(["cc", "-w", "-o", str(folder / "program"), str(folder / "program.c"), *flags], check=True)
+    return str(folder / "program")
+
+
+def run_captured(folder: Path, *command: str):
+    return CliRunner().invoke(
+        main, ["capture", "--out", str(folder.parent / "t"), "--dir", str(folder), "--", *command]
+    )
+
+
+@pytest.mark.parametrize("way", ["io_uring", "libaio"])
+def test_ways_past_the_recorder_are_refused_to_the_program(folder, planted, way):
+    number = {"io_uring": 425, "libaio": 206}[way]
+    program = c_program(
+        folder.parent, f"int main() {{ long x[64] = {{0}}; return syscall({number}, 8, x) < 0 ? 7 : 0; }}"
+    )
+    result = run_captured(folder, program)
+    planted(f"writes by {way}", result.exit_code == 2 and way in result.output)
+    assert result.exit_code == 2
+    assert f"ended with exit status 7; the recorder refused it {way}" in result.output
+
+
+def test_a_static_program_is_refused(folder, planted):
+    program = c_program(folder.parent, "int main() { return 0; }", "-static")
+    result = run_captured(folder, program)
+    planted("a static program", "statically linked" in result.output)
+    assert result.exit_code
+    assert "statically linked" in result.output
+
+
+def test_a_write_that_no_library_sees_is_found_at_the_end(folder, planted):
+    """A program's own system calls: the files at the end are not what the trace makes of them."""
+    (folder / "x").write_bytes(b"a" * 512)
+    source = """
+#include <fcntl.h>
+int main(int n, char **w) {
+    int fd = open(w[1], O_WRONLY);
+    long r, number = 1;
+    __asm__ volatile ("syscall" : "=a"(r) : "0"(number), "D"((long)fd), "S"("sly"), "d"(3L) : "rcx", "r11", "memory");
+    return r != 3;
+}"""
+    result = run_captured(folder, c_program(folder.parent, source), str(folder / "x"))
+    said = result.output
+    planted("a bare system call", "written past the recorder" in said)
+    assert "x: byte 0 (0x0) is 0x73, and what was recorded makes it 0x61: it was written past the recorder" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_full_disk_under_the_trace_keeps_what_was_recorded(folder):
+    small = folder.parent / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], check=True)
+    try:
+        program = (
+            f"f = open({str(folder / 'x')!r}, 'wb', 0)\nfor i in range(2000): f.write(bytes([i % 251 + 1]) * 4096)"
+        )
+        command = ["capture", "--out", str(small / "t"), "--dir", str(folder), "--", sys.executable, "-c", program]
+        result = CliRunner().invoke(main, command)
+        said = result.output
+        assert "No space left on device" in said, said
+        assert f"{small / 't'} holds what came before" in said
+        trace = Trace(small / "t")
+        assert 10 < len(trace.events) < 2000
+        assert trace.truncated or trace.meta["truncated"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)  # the trace is still mapped
+
+
+def test_an_interrupted_program_leaves_a_trace(folder):
+    """Ctrl-C reaches the program and us: what it did until then is kept."""
+    path = folder.parent / "t"
+    program = (
+        f"import time; open({str(folder / 'x')!r}, 'wb').write(b'x' * 512); print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-m", "powercut.cli", "capture", "--out", str(path), "--dir", str(folder), "--"]
+    with subprocess.Popen(
+        [*command, sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        os.killpg(running.pid, signal.SIGINT)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode == 2, said
+    assert "signal 2" in said
+    assert len(Trace(path).events)
+
+
+def test_without_a_compiler_there_is_a_clear_sentence(folder, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = run_captured(folder, sys.executable, "-c", "")
+    assert "cc was not found" in result.output
 
 
 @pytest.mark.skipif(shutil.which("qemu-io") is None, reason="QEMU's tools are not installed")

@@ -123,7 +123,8 @@ def capture(
 ) -> Captured:
     """Run `command` and write the trace of what it did to files under `directories` to `out`.
 
-    Raises InputError, EnvironmentFault; `out` is then left as it was.
+    Raises InputError, and `out` is then left as it was; EnvironmentFault if the disk became full: `out` then holds what
+    was recorded until then, and says so.
     """
     roots = roots_of(directories)
     check_program(command[0])
@@ -142,8 +143,12 @@ def capture(
         tree.save(copies, limit)
         recorded.make_control(log, roots, tree.live)
         status, seconds = _run(command, library, log)
-        translation = Translation(tree, recorded.read(log))
-        if translation.problems:
+        stopped = recorded.why_stopped(log)
+        calls = recorded.read(log)
+        if stopped:  # what a call did that has not returned since cannot be told from the files as they are now
+            calls = [call for call in calls if call.result is not None or not call.changes_names]
+        translation = Translation(tree, calls)
+        if translation.problems and not stopped:
             raise InputError(translation.problems[0])
         subject = find_image(tree, image, lambda node: node.touched) if image is not None else None
         result = Captured(status, 0, 0, seconds, dict(translation.refused))
@@ -157,19 +162,27 @@ def capture(
             "refused": result.refused,
             "past": {tree.name(node.path): sorted(ways) for node, ways in translation.past.items()},
             "format": format,
+            "truncated": stopped,
         }
         if subject is not None:
             meta |= _about_image(translation, subject)
-        with TraceWriter(partial, {key: value for key, value in meta.items() if value not in (None, {}, [])}) as writer:
-            if sum(node.touched for node in {*tree.initial, *translation.known}) > MAX_FILES:
-                raise InputError(
-                    f"the program changed more than {MAX_FILES} files: name a narrower directory with --dir"
-                )
-            result.events = translation.write(writer, subject)
+        meta = {key: value for key, value in meta.items() if value not in (None, {}, [])}
+        try:
+            with TraceWriter(partial, meta) as writer:
+                if sum(node.touched for node in {*tree.initial, *translation.known}) > MAX_FILES:
+                    raise InputError(
+                        f"the program changed more than {MAX_FILES} files: name a narrower directory with --dir"
+                    )
+                result.events = translation.write(writer, subject)
+        except EnvironmentFault as error:  # a full disk; what was whole before stays
+            stopped = str(error).replace(str(partial), str(out))
         trace = Trace(partial)
-        compare(tree, trace, Path(scratch), translation.past)
+        if not stopped:
+            compare(tree, trace, Path(scratch), translation.past)
         result.files = len(trace.files)
         os.replace(partial, out)
+        if stopped:
+            raise EnvironmentFault(f"{stopped}; {out} holds what came before")
     return result
 
 
@@ -199,9 +212,15 @@ def _run(command: Sequence[str], library: Path, log: Path) -> tuple[int, float]:
     environment = {**os.environ, "LD_PRELOAD": preload, "POWERCUT_CAPTURE": str(log)}
     begin = time.monotonic()
     try:
-        status = subprocess.run(command, env=environment, check=False).returncode
+        with subprocess.Popen(command, env=environment) as running:
+            try:
+                status = running.wait()
+            except KeyboardInterrupt:  # the program got it too, and what it did until it ends counts
+                status = running.wait(_PATIENCE)
     except OSError as error:
         raise InputError(f"{command[0]}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{command[0]} did not end within {_PATIENCE:.0f} s of the interruption") from None
     seconds = time.monotonic() - begin
     if recorded.processes(log) == 0:
         raise InputError(f"{command[0]}: the recorder was not loaded into it (set-user-id, or not linked with glibc?)")

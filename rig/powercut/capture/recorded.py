@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from powercut.errors import EnvironmentFault, InputError
+from powercut.errors import InputError
 
 _MAGIC = 0x70776372636F7264
 _RECORD = struct.Struct("<QIIQQQQqQ")  # magic, size, op and flags, position, dev, ino, offset, length, extra
@@ -42,6 +42,9 @@ class Op(enum.IntEnum):
     RANGE = 14
     NOTE = 15
     EXIT = 16
+
+
+_NAMES = frozenset({Op.OPEN, Op.LINK, Op.RENAME, Op.UNLINK, Op.MKDIR, Op.SYMLINK})
 
 
 class Mode(enum.IntFlag):
@@ -73,6 +76,10 @@ class Call:
     end_key: Key = (0, 0)  # the file that it opened, or named
     end_offset: int = 0
     end_path: str = ""
+
+    @property
+    def changes_names(self) -> bool:
+        return self.op in _NAMES
 
     @property
     def names(self) -> list[str]:
@@ -115,13 +122,16 @@ def _map(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)) if size else memoryview(b"")
 
 
-def read(folder: Path) -> list[Call]:
-    """The calls in the log, in the order of their positions. Raises EnvironmentFault if the recorder had to stop."""
+def why_stopped(folder: Path) -> str | None:
+    """Why the recorder stopped before the program did, in words; None: it did not."""
     failed = _CONTROL.unpack((folder / "control").read_bytes()[: _CONTROL.size])[5]
     if failed == errno.ENFILE:
-        raise EnvironmentFault("the program made more files than the recorder can follow")
-    if failed:
-        raise EnvironmentFault(f"the recorder had to stop: {os.strerror(failed)}")
+        return "recording stopped: the program made more files than the recorder can follow"
+    return f"recording stopped: {os.strerror(failed)}" if failed else None
+
+
+def read(folder: Path) -> list[Call]:
+    """The calls in the log, in the order of their positions, up to where the recorder stopped."""
     spilled = _map(folder / "data")
     calls: dict[int, Call] = {}
     ends: list[tuple[int, int, Key, int, int, str]] = []

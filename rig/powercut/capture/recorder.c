@@ -1,9 +1,9 @@
 /*
  * The recorder: preloaded into a program, it logs what the program asks of the files under some directories.
  *
- * Ways to write that cannot be seen are refused (io_uring, libaio, copy_file_range ...: programs fall back to writes)
- * or noted (shared mappings). Changes of directories are made one at a time, so that their order is known; so are
- * writes at a file's own position, which the kernel does anyway.
+ * Ways to write that cannot be seen are refused (io_uring, libaio, splice ...: programs fall back to writes), done by
+ * a read and a write (copy_file_range, sendfile) or noted (shared mappings). Changes of directories are made one at a
+ * time, so that their order is known; so are writes at a file's own position, which the kernel does anyway.
  */
 #include "recorder_log.h"
 
@@ -66,11 +66,29 @@ static ssize_t unseen_copy(int fd, int error, const char *what) { /* 0: not to a
     return watched(fd, &st) ? refuse(error, what, &st) : 0;
 }
 
+/* A copy inside the kernel to a file that is recorded, as a read and a write: a part of it, which is allowed. */
+static ssize_t copied(int in, off_t *from, int out, off_t *to, size_t length) {
+    size_t most = length < 256 << 10 ? length : 256 << 10;
+    char *piece = malloc(most);
+    if (!piece) return -1;
+    ssize_t got = from ? pread(in, piece, most, *from) : read(in, piece, most), done = got;
+    if (got > 0) done = to ? pwrite(out, piece, got, *to) : write(out, piece, got);
+    free(piece);
+    if (got <= 0) return got;
+    if (!from && done < got) lseek(in, (done < 0 ? 0 : done) - got, SEEK_CUR);
+    if (done > 0 && from) *from += done;
+    if (done > 0 && to) *to += done;
+    return done;
+}
+
 SEEN ssize_t copy_file_range(int in, off_t *from, int out, off_t *to, size_t length, unsigned flags) {
-    return unseen_copy(out, ENOSYS, "copy_file_range") ?: REAL(copy_file_range)(in, from, out, to, length, flags);
+    struct stat st;
+    if (flags || !watched(out, &st)) return REAL(copy_file_range)(in, from, out, to, length, flags);
+    return copied(in, from, out, to, length);
 }
 SEEN ssize_t sendfile(int out, int in, off_t *from, size_t length) {
-    return unseen_copy(out, EINVAL, "sendfile") ?: REAL(sendfile)(out, in, from, length);
+    struct stat st;
+    return watched(out, &st) ? copied(in, from, out, NULL, length) : REAL(sendfile)(out, in, from, length);
 }
 SEEN ssize_t splice(int in, off_t *from, int out, off_t *to, size_t length, unsigned flags) {
     return unseen_copy(out, EINVAL, "splice") ?: REAL(splice)(in, from, out, to, length, flags);
@@ -393,6 +411,32 @@ SEEN FILE *freopen(const char *path, const char *mode, FILE *file) {
     struct stat st;
     if (again && writes(mode) && watched(fileno(again), &st)) enter_named(NOTE, 0, &st, "freopen", "");
     return again;
+}
+SEEN int vdprintf(int fd, const char *format, va_list list) { /* glibc's own writes past us */
+    char *text;
+    int length = vasprintf(&text, format, list), done = 0;
+    while (length > done) {
+        ssize_t more = write(fd, text + done, length - done);
+        if (more <= 0) break;
+        done += more;
+    }
+    if (length >= 0) free(text);
+    return done < length ? -1 : length;
+}
+SEEN int __vdprintf_chk(int fd, int flag, const char *format, va_list list) { return (void)flag, vdprintf(fd, format, list); }
+SEEN int dprintf(int fd, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    int done = vdprintf(fd, format, list);
+    va_end(list);
+    return done;
+}
+SEEN int __dprintf_chk(int fd, int flag, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    int done = vdprintf(fd, format, list);
+    va_end(list);
+    return (void)flag, done;
 }
 SEEN int fileno(FILE *file) {
     int fd = -1;

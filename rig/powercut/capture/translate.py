@@ -24,7 +24,6 @@ _NOTHING_DONE = frozenset(
     getattr(errno, name)
     for name in ("EBADF", "EINVAL", "EOPNOTSUPP", "ENOSYS", "EPERM", "EFAULT", "EFBIG", "ESPIPE", "EISDIR", "ETXTBSY")
 ) | {errno.EAGAIN, errno.ENODEV, errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.EROFS}
-_NAMES = frozenset({Op.OPEN, Op.LINK, Op.RENAME, Op.UNLINK, Op.MKDIR, Op.SYMLINK})
 _PAST = frozenset({"mmap", "freopen"})  # notes of what the recorder let pass; the others it refused
 MAX_FILES = 1 << 16
 
@@ -104,7 +103,7 @@ class Translation:
             return []
         if call.result is not None and -call.result in _NOTHING_DONE:
             return []
-        if call.op in _NAMES:
+        if call.changes_names:
             return self._named(call)
         node = self.tree.live.get(call.key)
         if node is None:
