@@ -26,8 +26,8 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
     def breaks() -> bool:
         return any(p.rule == found.problem.rule and p.kind == found.problem.kind for p in session.problems(_MOST))
 
-    name = _namer(session)
-    if plan.checker:  # every try would be a run of the program
+    name = namer(session)
+    if plan.checker or found.fault:  # every try would be a run of the program; or what came first is the medium's fault
         return from_found(found, trace, plan, seen, name)
     atoms, _ = newest(image)
     survived = [d for d in found.decisions if not d.durable]
@@ -55,8 +55,8 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
     return finding.retold(retold, "survived", order)
 
 
-def _namer(session: Session) -> Callable[[int], str]:
-    """Names bytes by their role if all survived, else by their role if all was lost."""
+def namer(session: Session) -> Callable[[int], str]:
+    """Names bytes by their role if all survived, else by their role if all was lost, where `session` stands."""
     image = session.image
     with image.settled_as(*newest(image)):
         after = session.format.roles(CrashDisk(image))

@@ -124,7 +124,7 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
 def plan_of(scenario: Scenario, trace: Path) -> Plan:
     """How a scenario wants its trace explored."""
     explore = scenario.explore
-    return Plan(
+    plan = Plan(
         str(trace),
         scenario.format,
         explore.atom,
@@ -133,6 +133,7 @@ def plan_of(scenario: Scenario, trace: Path) -> Plan:
         recovery_depth=explore.recovery_depth,
         lying=explore.lying_flushes,
     )
+    return run.with_faults(plan, explore.media, explore.faults, explore.seed)
 
 
 def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:

@@ -6,18 +6,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from powercut import formats
 from powercut.crash.explore import SPENT, EpochResult, Found
 from powercut.crash.finding import Finding
+from powercut.crash.media import draw
 from powercut.crash.model import epochs
 from powercut.errors import InputError
-from powercut.explain import explain
+from powercut.explain import explain, namer
 from powercut.session import Plan, Session
 from powercut.trace import Trace
-from powercut.verdict import Verdict
+from powercut.verdict import Severity, Verdict
 
 _PER_GROUP = 3  # findings kept for each rule and kind
 _FEW = 200  # epochs: fewer are not worth starting processes for
@@ -36,6 +37,21 @@ class Coverage:
     log2_states: float = 0.0
     checks: int = 0
     exhausted: bool = False
+    faults: dict[str, Struck] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Struck:
+    """What became of the media faults of one kind: `silent`, where acknowledged data was wrong in some state and
+    nothing complained; `noticed`, where something always did; `harmless` otherwise."""
+
+    laid: int = 0
+    silent: int = 0
+    noticed: int = 0
+
+    @property
+    def harmless(self) -> int:
+        return self.laid - self.silent - self.noticed
 
 
 @dataclass(slots=True)
@@ -85,9 +101,7 @@ def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None,
 
     The shares do not depend on the number of processes, so neither does the verdict.
     """
-    image = trace.file("image")
-    assert image is not None
-    positions = epochs(trace, image.id)
+    positions = _positions(plan, trace)
     if budget is None:
         return _explore_all(plan, trace, [(i, p, None) for i, p in enumerate(positions)], pool, done)
     results = {i: EpochResult(i, p, unknown=SPENT) for i, p in enumerate(positions)}
@@ -103,6 +117,23 @@ def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None,
     return list(results.values())
 
 
+def _positions(plan: Plan, trace: Trace) -> list[int]:
+    """The crash positions to visit: every epoch's end, or where faults strike."""
+    image = trace.file("image")
+    assert image is not None
+    return [fault.position for fault in plan.faults] if plan.faults else epochs(trace, image.id)
+
+
+def with_faults(plan: Plan, kinds: Sequence[str], number: int, seed: int) -> Plan:
+    """The plan, with `number` media faults of each of `kinds` drawn for its trace. Raises InputError."""
+    if not kinds:
+        return plan
+    session = Session(plan)
+    positions = epochs(session.trace, session.image.file)
+    faults = draw(session.image, lambda: namer(session), positions, kinds, number, seed)
+    return replace(plan, faults=tuple(faults))
+
+
 def explore_trace(
     plan: Plan, *, budget: int | None = None, jobs: int | None = None, progress: Progress = lambda done, of: None
 ) -> Outcome:
@@ -116,7 +147,7 @@ def explore_trace(
     if image is None:
         raise InputError(f"{plan.trace}: has no image")
     formats.find(plan.format)
-    count = len(epochs(trace, image.id))
+    count = len(_positions(plan, trace))
     jobs = min(jobs or os.cpu_count() or 1, -(-count // 64))
     if jobs == 1 or count < _FEW:
         results = _rounds(plan, trace, budget, None, progress)
@@ -141,21 +172,38 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
     if "acknowledged" in plan.rules and trace.file("guest") is None and not plan.checker:
         reasons.append("rule acknowledged cannot be judged: the trace says nothing of what the guest wrote and flushed")
     found = [item for result in results for item in result.found]
-    verdict = Verdict.BROKEN if found else Verdict.UNKNOWN if reasons or not coverage.exhausted else Verdict.HOLDS
+    broken = bool(found)
+    if plan.faults:
+        coverage.faults = _struck(plan, results)
+        broken = any(struck.silent for struck in coverage.faults.values())
+        reasons.append(f"{len(plan.faults)} media faults are a sample")
+    verdict = Verdict.BROKEN if broken else Verdict.UNKNOWN if reasons or not coverage.exhausted else Verdict.HOLDS
     scope = str(trace.meta.get("scope", "overlap"))
     return Outcome(verdict, plan, scope, coverage, _group(plan, trace, found), reasons)
+
+
+def _struck(plan: Plan, results: Sequence[EpochResult]) -> dict[str, Struck]:
+    faults: dict[str, Struck] = {}
+    for result in results:
+        struck = faults.setdefault(plan.faults[result.index].kind, Struck())
+        worst = max((found.problem.severity for found in result.found), default=None)
+        struck.laid += 1
+        struck.silent += worst is Severity.SILENT
+        struck.noticed += worst is not None and worst is not Severity.SILENT
+    return faults
 
 
 def _group(plan: Plan, trace: Trace, found: list[Found]) -> list[Finding]:
     """At most three findings of each rule and kind, the worst rule first, those with the fewest decisions first.
 
     What breaks a rule by the same writes, sector after sector, is one finding."""
-    groups: dict[tuple[str, str], dict[tuple[Any, ...], list[Found]]] = {}
+    groups: dict[tuple[object, ...], dict[tuple[Any, ...], list[Found]]] = {}
     for item in found:
-        same = groups.setdefault((item.problem.rule, item.problem.kind), {})
-        same.setdefault((item.position, *((d.event, d.durable) for d in item.decisions)), []).append(item)
+        kind = (item.fault and item.fault.kind, item.problem.rule, item.problem.kind)
+        same = groups.setdefault(kind, {})
+        same.setdefault((item.position, item.fault, *((d.event, d.durable) for d in item.decisions)), []).append(item)
     chosen: list[list[Found]] = []
     for group in sorted(groups.values(), key=lambda group: -max(items[0].problem.severity for items in group.values())):
         distinct = sorted(group.values(), key=lambda items: (len(items[0].decisions), items[0].position))
-        chosen += distinct[:_PER_GROUP]
+        chosen += distinct[: 1 if plan.faults else _PER_GROUP]
     return [explain(items[0], plan, trace, len(items)) for items in chosen]

@@ -43,7 +43,8 @@ class Recording(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
     """How crash states are explored. `budget`: at most so many checks. `checker`: a command that judges, with crashes
-    inside what it writes `recovery_depth` deep. `lying_flushes`: so many of the last flushes did nothing."""
+    inside what it writes `recovery_depth` deep. `lying_flushes`: so many of the last flushes did nothing. `media`:
+    kinds of media faults, `faults` of each, drawn with `seed`."""
 
     atom: Literal[512, 4096] = 512
     budget: Positive | None = None
@@ -51,6 +52,9 @@ class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
     checker: str | None = None
     recovery_depth: Annotated[int, Meta(ge=0)] = 1
     lying_flushes: Annotated[int, Meta(ge=0)] = 0
+    media: tuple[Literal["flip", "zero", "read-error", "lost-write", "misdirected-write"], ...] = ()
+    faults: Positive = 20
+    seed: int = 1
 
 
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
 from powercut.crash.disk import CrashDisk, Deciding
-from powercut.crash.explore import EpochResult, Report, Unjudged, explore
+from powercut.crash.explore import EpochResult, Found, Report, Unjudged, explore
+from powercut.crash.finding import settled_at
+from powercut.crash.media import Damaged, Fault, Noticing
 from powercut.crash.promise import Promise
 from powercut.errors import InputError
 from powercut.external import External
 from powercut.formats import Recording
 from powercut.trace import SECTOR, Trace
-from powercut.verdict import Problem
+from powercut.verdict import Problem, Severity
 
 _RELEASE = 32  # epochs after which memory is given back
 RULES = ("opens", "structure", "acknowledged")
@@ -25,7 +27,8 @@ RULES = ("opens", "structure", "acknowledged")
 class Plan:
     """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope. `checker` is
     a command that judges in place of the format's own checker, `recovery_depth` how many levels deep a crash inside
-    what it writes is explored. `lying`: so many of the last flushes before each crash did nothing."""
+    what it writes is explored. `lying`: so many of the last flushes before each crash did nothing. `faults`: what the
+    medium does besides, one at a time."""
 
     trace: str
     format: str
@@ -35,18 +38,22 @@ class Plan:
     checker: str | None = None
     recovery_depth: int = 1
     lying: int = 0
+    faults: tuple[Fault, ...] = ()
 
 
 class Session:
-    """One process's walk through a trace: it goes forward only."""
+    """One process's walk through a trace: it goes forward only. `fault` strikes the image when it comes to it."""
 
-    def __init__(self, plan: Plan, trace: Trace | None = None) -> None:
+    def __init__(self, plan: Plan, trace: Trace | None = None, fault: Fault | None = None) -> None:
         self.plan = plan
         self.trace = trace or Trace(plan.trace)
         image, guest, backing = (self.trace.file(role) for role in ("image", "guest", "backing"))
         if image is None:
             raise InputError(f"{plan.trace}: has no image")
+        self._fault = fault
         self.image = Contents(self.trace, image, plan.atom, plan.lying)
+        if fault is not None:
+            self.image = Damaged(self.trace, image, plan.atom, plan.lying, fault)
         self.promise = Promise(self.trace, guest) if guest and "acknowledged" in plan.rules else None
         base = Contents(self.trace, backing) if backing else None
         self.format = formats.find(plan.format)
@@ -61,11 +68,29 @@ class Session:
             self.promise.advance(position)
 
     def explore(self, tasks: Iterable[tuple[int, int, int | None]]) -> Iterator[EpochResult]:
-        """Explore the epochs (index, position, budget) of `tasks`, which ascend."""
+        """Explore the epochs (index, position, budget) of `tasks`, which ascend. If the plan has faults, the index is
+        that of a fault, and the position where it strikes."""
+        if self.plan.faults:
+            for index, position, budget in tasks:
+                fault = self.plan.faults[index]
+                struck = Session(replace(self.plan, faults=()), self.trace, fault)
+                for result in struck.explore([(index, position, budget)]):
+                    result.found = [
+                        replace(found, fault=fault, problem=struck.noticed(found)) for found in result.found
+                    ]
+                    yield result
+            return
         for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets):
             yield result
             if result.index % _RELEASE == 0:
                 self.trace.release()
+
+    def noticed(self, found: Found) -> Problem:
+        """What was found, no longer as silent if in that very state something else complains."""
+        with settled_at(self.image, found.decisions):
+            others = {problem.rule for problem in self.problems(100)} - {"acknowledged"}
+        loud = found.problem.severity is Severity.SILENT and others
+        return replace(found.problem, severity=Severity.LOSS) if loud else found.problem
 
     def problems(self, most: int) -> list[Problem]:
         """What the format's rules find wrong with the image if nothing more is in flight: about `most` problems."""
@@ -93,7 +118,11 @@ class Session:
             if problem.rule in rules:
                 report(problem)
 
-        self._format.judge(disk, in_scope, enough)
+        if self._fault is None:
+            self._format.judge(disk, in_scope, enough)
+        else:
+            noticing = Noticing(disk, report)
+            noticing.run(lambda: self._format.judge(noticing, in_scope, enough))
 
     def _judge_alone(self, disk: Deciding, report: Report, enough: Callable[[str], bool] = lambda rule: False) -> None:
         """Judge by the format's rules, with no memory of the walk, which is left as it was."""

@@ -44,6 +44,14 @@ from powercut.commands import JOBS, JSON, SAVE
     multiple=True,
     help="Judge only this rule (opens is always judged).  [default: all]",
 )
+@click.option(
+    "--media",
+    type=click.Choice(["flip", "zero", "read-error", "lost-write", "misdirected-write", "all"]),
+    multiple=True,
+    help="Lay media faults of this kind on crash states, one at a time.",
+)
+@click.option("--faults", type=click.IntRange(1), default=20, show_default=True, help="So many of each kind.")
+@click.option("--seed", type=int, default=1, show_default=True, help="What is drawn, is drawn with this.")
 @JOBS
 @SAVE
 @JSON
@@ -56,12 +64,16 @@ def explore(
     lying_flushes: int,
     budget: int | None,
     rules: tuple[str, ...],
+    media: tuple[str, ...],
+    faults: int,
+    seed: int,
     jobs: int | None,
     save: Path | None,
     json_path: str | None,
 ) -> None:
     """Visit every crash state of TRACE and say HOLDS, BROKEN or UNKNOWN."""
     from powercut import run
+    from powercut.crash.media import KINDS
     from powercut.report import document, outcome
     from powercut.report.text import progress
     from powercut.session import RULES, Plan
@@ -80,6 +92,7 @@ def explore(
         lying=lying_flushes,
     )
     begin = time.monotonic()
+    plan = run.with_faults(plan, KINDS if "all" in media else media, faults, seed)
     with progress("exploring") as show_progress:
         result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)
     saved = outcome.save(result.findings, save or Path(f"{trace}.findings"))

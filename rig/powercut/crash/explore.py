@@ -16,6 +16,7 @@ import numpy as np
 
 from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
+from powercut.crash.media import Fault
 from powercut.crash.promise import Promise
 from powercut.crash.search import BudgetSpent, Search
 from powercut.errors import Nondeterministic
@@ -40,12 +41,14 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A broken rule: a crash before `position`, the decisions that matter, and what is wrong then."""
+    """A broken rule: a crash before `position`, the decisions that matter, and what is wrong then; `fault`: what the
+    medium did besides."""
 
     position: int
     problem: Problem
     decisions: tuple[Chosen, ...]
     patches: tuple[tuple[int, bytes], ...] = ()
+    fault: Fault | None = None
 
 
 @dataclass(slots=True)

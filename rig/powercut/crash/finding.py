@@ -8,7 +8,8 @@ legal states. JSON, schema `powercut.finding/1`; unknown versions are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from powercut import __version__
 from powercut.crash.contents import Contents
-from powercut.crash.explore import Found
+from powercut.crash.explore import Chosen, Found
+from powercut.crash.media import Fault
 from powercut.crash.shrink import newest
 from powercut.errors import InputError
 from powercut.trace import SECTOR, Kind, Trace
@@ -48,7 +50,7 @@ class Patch(msgspec.Struct, frozen=True):
 class Finding(msgspec.Struct, frozen=True):
     """See the module. `checker` is the command that judged, if one did; `patches` what it had written before it was
     cut off itself. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
-    what had to be on disk before what."""
+    what had to be on disk before what; `fault` is what the medium did besides."""
 
     schema: str
     powercut: str
@@ -69,6 +71,7 @@ class Finding(msgspec.Struct, frozen=True):
     patches: list[Patch] = []
     checker: str = ""
     lying: int = 0
+    fault: Fault | None = None
 
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
@@ -120,6 +123,7 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
         ],
         seen=seen,
         patches=[Patch(offset, data) for offset, data in found.patches],
+        fault=found.fault,
     )
 
 
@@ -183,6 +187,17 @@ def apply(finding: Finding, contents: Contents) -> None:
             )
         contents.rows[atom * contents.per_atom + inner] = flight.rows[hits[0]]
     contents.settle_all()
+
+
+@contextmanager
+def settled_at(contents: Contents, decisions: Sequence[Chosen]) -> Iterator[None]:
+    """For a while `contents` are the state that `decisions` made, everything else in flight being lost."""
+    flight = contents.in_flight_atoms()
+    survived = [(d.offset // contents.atom, d.event) for d in decisions if not d.durable]
+    hits = [np.flatnonzero((flight.atom == atom) & (flight.event == event))[0] for atom, event in survived]
+    where = np.array(hits, dtype=np.int64)
+    with contents.settled_as(flight.atom[where], flight.rows[where]):
+        yield
 
 
 def write_image(contents: Contents, path: str, patches: Sequence[Patch] = ()) -> None:

@@ -26,6 +26,7 @@ class Finding(Protocol):
     decisions: list[Any]
     others: str
     order: str
+    fault: Any
 
     def save(self, path: Path) -> None: ...
 
@@ -80,6 +81,10 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
             "log2_states": round(coverage.log2_states, 1),
             "checks": coverage.checks,
             "exhausted": coverage.exhausted,
+            "faults": {
+                kind: {"laid": s.laid, "silent": s.silent, "noticed": s.noticed, "harmless": s.harmless}
+                for kind, s in coverage.faults.items()
+            },
         },
         "findings": [
             {
@@ -91,6 +96,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
                 "position": item.finding.position,
                 "others": item.finding.others,
                 "order": item.finding.order,
+                "fault": msgspec.to_builtins(item.finding.fault),
                 "decisions": msgspec.to_builtins(item.finding.decisions),
                 "file": str(item.path),
                 "replay": item.replay,
@@ -118,6 +124,9 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
         lines.append(f"  checker  {plan.checker}, crashes inside what it writes {plan.recovery_depth} deep")
     else:
         lines.append(f"  rules    {', '.join(plan.rules)}")
+    for kind, s in outcome.coverage.faults.items():
+        fates = f"{s.silent} silent, {s.noticed} noticed, {s.harmless} harmless"
+        lines.append(f"  media    {kind}: {s.laid} laid, {fates}")
     if outcome.scope != "overlap":
         lines.append(f"  scope    {outcome.scope}: requests in flight at the same time were not recorded as such")
     lines += [f"  because  {reason}" for reason in outcome.reasons]
@@ -125,6 +134,8 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
         finding = item.finding
         also = f" (and {finding.seen - 1:,} more like it)" if finding.seen > 1 else ""
         lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}{also}"]
+        if finding.fault is not None:
+            lines.append(f"    {finding.fault}")
         lines.append(f"    crash before position {finding.position:,} of the trace, where")
         for decision in finding.decisions:
             fate = "lost    " if decision.lost else "survived"
