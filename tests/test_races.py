@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 from click.testing import CliRunner
 
+from powercut.capture.holding import Gate
 from powercut.cli import main
+from powercut.guest.control import Driver
+from powercut.inflight import Plan, Rig
+from powercut.trace import SECTOR
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="QEMU's tools are not installed")
 
@@ -32,3 +38,27 @@ def test_a_server_that_spoils_what_it_held_is_found(tmp_path, lie, length, plant
     code, document, said = raced(tmp_path, "--lie", lie, "--length", str(length))
     planted(f"held requests: {lie}", code == 1)
     assert (code, document["verdict"]) == (1, "BROKEN"), said
+
+
+def test_a_read_that_gets_into_stock_late_is_answered(monkeypatch):
+    """A server may put a read into stock when the stock was emptied for the last time: that is no hang of QEMU's."""
+    held, asked = Gate.held, threading.Event()
+
+    def late(gate, request):
+        asked.set()
+        time.sleep(0.05)
+        return held(gate, request)
+
+    monkeypatch.setattr("powercut.guest.control._HANG", 2.0)
+    with Rig(Plan("qcow2")) as rig:
+        rig._image.load(rig._begin("warm"))
+        guest = rig._daemon().open(rig._node("warm"))
+        guest.read(rig.plan.base, SECTOR)
+        rig._gate.keep_reads(rig.plan.cluster)
+        driver = Driver(guest, rig._daemon(), rig._gate)
+        monkeypatch.setattr(Gate, "held", late)
+        driver.stock(rig.plan.base)
+        assert asked.wait(5)
+        rig._gate.keep_no_reads()
+        driver.drain()
+        rig._daemon().shut(guest)

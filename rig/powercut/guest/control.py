@@ -278,10 +278,11 @@ class Driver:
                 self._late(deadline)
 
     def drain(self) -> None:
-        """Wait until everything is answered. The server keeps nothing any more."""
+        """Wait until everything is answered. The server keeps no more, but what was on its way may still get there."""
         while self.pending:
             self.wait()
         deadline = time.monotonic() + _HANG
         while self._stocked:
-            self._take()
+            if not self._take():
+                self._server.nudge()
             self._late(deadline)
