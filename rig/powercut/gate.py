@@ -132,6 +132,7 @@ def plan_of(scenario: Scenario, trace: Path) -> Plan:
         checker=explore.checker,
         recovery_depth=explore.recovery_depth,
         lying=explore.lying_flushes,
+        seed=explore.seed,
     )
     return run.with_faults(plan, explore.media, explore.faults, explore.seed)
 

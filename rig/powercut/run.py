@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from powercut import formats
-from powercut.crash.explore import SPENT, EpochResult, Found
+from powercut.crash.explore import SPENT, EpochResult, Found, Task
 from powercut.crash.finding import Finding
 from powercut.crash.media import draw
 from powercut.crash.model import epochs
+from powercut.crash.sample import sizes
 from powercut.errors import InputError
 from powercut.explain import explain, namer
 from powercut.session import Plan, Session
@@ -21,9 +23,9 @@ from powercut.trace import Trace
 from powercut.verdict import Severity, Verdict
 
 _PER_GROUP = 3  # findings kept for each rule and kind
+_RESERVE = 4  # one part in so many of a budget is for samples
 _FEW = 200  # epochs: fewer are not worth starting processes for
 
-Task = tuple[int, int, int | None]  # index, position and budget of an epoch
 Progress = Callable[[int, int], None]  # epochs done, epochs in all
 
 
@@ -38,6 +40,17 @@ class Coverage:
     checks: int = 0
     exhausted: bool = False
     faults: dict[str, Struck] = field(default_factory=dict)
+    sampled: Sampled | None = None
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What was looked at where the budget did not suffice: states `done` of `of` (0: without end) in each way."""
+
+    epochs: int
+    seed: int
+    done: Counter[str]
+    of: Counter[str]
 
 
 @dataclass(slots=True)
@@ -72,7 +85,7 @@ _session: Session | None = None
 def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
     """In a worker: explore `tasks`, going on from where this worker's session stands if that is behind them."""
     global _session
-    if _session is None or _session.plan != plan or _session.image.position > tasks[0][1]:
+    if _session is None or _session.plan != plan or _session.image.position > tasks[0].position:
         _session = Session(plan)
     return list(_session.explore(tasks))
 
@@ -98,22 +111,28 @@ def _explore_all(
 
 def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None, done: Progress) -> list[EpochResult]:
     """Explore every epoch; a budget is shared out evenly, and what some did not need goes to those that want more.
+    A part is kept back: where it did not suffice, it looks at a sample of the states.
 
     The shares do not depend on the number of processes, so neither does the verdict.
     """
     positions = _positions(plan, trace)
     if budget is None:
-        return _explore_all(plan, trace, [(i, p, None) for i, p in enumerate(positions)], pool, done)
+        return _explore_all(plan, trace, [Task(i, p, None) for i, p in enumerate(positions)], pool, done)
     results = {i: EpochResult(i, p, unknown=SPENT) for i, p in enumerate(positions)}
+    reserve = budget // _RESERVE
+    budget -= reserve
     left, share = list(results), budget // len(results)
     if not share:  # fewer checks than epochs: one each for some, from the first to the last
         left, share = left[:: -(-len(left) // budget)], 1
     while left and share > max(results[i].checks for i in left):
-        for result in _explore_all(plan, trace, [(i, positions[i], share) for i in left], pool, done):
+        for result in _explore_all(plan, trace, [Task(i, positions[i], share) for i in left], pool, done):
             results[result.index] = result
             budget -= result.checks
         left = [i for i in results if results[i].unknown == SPENT]
         share = budget // len(left) if left else 0
+    if left and (share := (budget + reserve) // len(left)):
+        for sampled in _explore_all(plan, trace, [Task(i, positions[i], share, True) for i in left], pool, done):
+            results[sampled.index].add(sampled)
     return list(results.values())
 
 
@@ -167,6 +186,7 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
         checks=sum(result.checks for result in results),
         exhausted=all(result.exhausted for result in results),
     )
+    coverage.sampled = _sampled(plan, results)
     reasons = sorted({result.unknown for result in results if result.unknown})
     reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]
     if "acknowledged" in plan.rules and trace.file("guest") is None and not plan.checker:
@@ -180,6 +200,17 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
     verdict = Verdict.BROKEN if broken else Verdict.UNKNOWN if reasons or not coverage.exhausted else Verdict.HOLDS
     scope = str(trace.meta.get("scope", "overlap"))
     return Outcome(verdict, plan, scope, coverage, _group(plan, trace, found), reasons)
+
+
+def _sampled(plan: Plan, results: Sequence[EpochResult]) -> Sampled | None:
+    looked = [result for result in results if result.sampled]
+    if not looked:
+        return None
+    sampled = Sampled(len(looked), plan.seed, Counter(), Counter())
+    for result in looked:
+        sampled.done.update(result.sampled)
+        sampled.of.update(sizes(result.events))
+    return sampled
 
 
 def _struck(plan: Plan, results: Sequence[EpochResult]) -> dict[str, Struck]:

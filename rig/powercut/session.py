@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from powercut import formats
 from powercut.crash.contents import Contents, Tokens
 from powercut.crash.disk import CrashDisk, Deciding
-from powercut.crash.explore import EpochResult, Found, Report, Unjudged, explore
+from powercut.crash.explore import EpochResult, Found, Report, Task, Unjudged, explore
 from powercut.crash.finding import settled_at
 from powercut.crash.media import Damaged, Fault, Noticing
 from powercut.crash.promise import Promise
@@ -28,7 +28,7 @@ class Plan:
     """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope. `checker` is
     a command that judges in place of the format's own checker, `recovery_depth` how many levels deep a crash inside
     what it writes is explored. `lying`: so many of the last flushes before each crash did nothing. `faults`: what the
-    medium does besides, one at a time."""
+    medium does besides, one at a time. `seed`: what is drawn, is drawn with this."""
 
     trace: str
     format: str
@@ -39,6 +39,7 @@ class Plan:
     recovery_depth: int = 1
     lying: int = 0
     faults: tuple[Fault, ...] = ()
+    seed: int = 1
 
 
 class Session:
@@ -67,20 +68,20 @@ class Session:
         if self.promise is not None:
             self.promise.advance(position)
 
-    def explore(self, tasks: Iterable[tuple[int, int, int | None]]) -> Iterator[EpochResult]:
-        """Explore the epochs (index, position, budget) of `tasks`, which ascend. If the plan has faults, the index is
-        that of a fault, and the position where it strikes."""
+    def explore(self, tasks: Iterable[Task]) -> Iterator[EpochResult]:
+        """Explore the epochs of `tasks`, which ascend. If the plan has faults, a task's index is that of a fault, and
+        its position where it strikes."""
         if self.plan.faults:
-            for index, position, budget in tasks:
-                fault = self.plan.faults[index]
+            for task in tasks:
+                fault = self.plan.faults[task.index]
                 struck = Session(replace(self.plan, faults=()), self.trace, fault)
-                for result in struck.explore([(index, position, budget)]):
+                for result in struck.explore([task]):
                     result.found = [
                         replace(found, fault=fault, problem=struck.noticed(found)) for found in result.found
                     ]
                     yield result
             return
-        for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets):
+        for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets, seed=self.plan.seed):
             yield result
             if result.index % _RELEASE == 0:
                 self.trace.release()

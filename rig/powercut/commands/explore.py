@@ -90,6 +90,7 @@ def explore(
         checker=checker,
         recovery_depth=recovery_depth,
         lying=lying_flushes,
+        seed=seed,
     )
     begin = time.monotonic()
     plan = run.with_faults(plan, KINDS if "all" in media else media, faults, seed)

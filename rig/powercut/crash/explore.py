@@ -18,6 +18,7 @@ from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.media import Fault
 from powercut.crash.promise import Promise
+from powercut.crash.sample import samples, surviving
 from powercut.crash.search import BudgetSpent, Search
 from powercut.errors import Nondeterministic
 from powercut.verdict import Problem
@@ -63,6 +64,27 @@ class EpochResult:
     log2_states: float = 0.0
     found: list[Found] = field(default_factory=list)
     unknown: str | None = None  # why nothing certain can be said, if so
+    events: int = 0  # in flight, where states were sampled
+    sampled: Counter[str] = field(default_factory=Counter)  # states looked at, by the way they were chosen
+
+    def add(self, sample: EpochResult) -> None:
+        """Count a sample of the same epoch in."""
+        self.checks += sample.checks
+        self.events, self.sampled = sample.events, sample.sampled
+        known = {found.problem.key for found in self.found}
+        self.found += [found for found in sample.found if found.problem.key not in known]
+        if sample.unknown not in (None, SPENT):
+            self.unknown = sample.unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """An epoch to search: exhaustively in at most `budget` checks, or by a sample of so many."""
+
+    index: int
+    position: int
+    budget: int | None
+    sampled: bool = False
 
 
 class Report(Protocol):
@@ -85,65 +107,103 @@ class _Stop(Exception):
     """Enough was found in this epoch."""
 
 
+class _Visit:
+    """One epoch being searched: what was found so far, and when that is enough."""
+
+    def __init__(self, index: int, contents: Contents, judge: Judge, sets: bool, budget: int | None) -> None:
+        self.result = EpochResult(index, contents.position)
+        counts = contents.undecided()
+        self.result.undecided_atoms = len(counts)
+        self.result.log2_states = float(np.log2(counts).sum())
+        self.search = Search(budget)
+        self._contents = contents
+        self._judge = judge
+        self._disk = CrashDisk(contents, self.search, sets=sets)
+        self._seen: dict[tuple[str, str, int], Found] = {}
+        self._rules: Counter[str] = Counter()
+        self._more = MORE
+
+    def _report(self, problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
+        if problem.key in self._seen or self._rules[problem.rule] >= ENOUGH:
+            return
+        self._rules[problem.rule] += 1
+        size = self._contents.atom
+        decisions = tuple(
+            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0)
+            for d in self.search.path
+            if d.disk == 0
+        )
+        self._seen[problem.key] = Found(self._contents.position, problem, decisions, tuple(patches))
+
+    def whole(self) -> None:
+        """One run of the whole check."""
+        self._judge(self._disk, self._report, lambda rule: self._rules[rule] >= ENOUGH)
+        self._more -= bool(self._seen)
+        if self._more == 0:
+            raise _Stop
+
+    def ended(self, run: Callable[[], None]) -> EpochResult:
+        """Let `run` search, and say what came of it."""
+        result = self.result
+        try:
+            run()
+            result.exhausted = not self._seen  # with a finding, judging was cut short
+        except _Stop:
+            pass
+        except BudgetSpent:
+            result.unknown = SPENT
+        except (Nondeterministic, Unjudged) as error:
+            result.unknown = str(error)
+        result.checks = self.search.checks
+        result.found = list(self._seen.values())
+        return result
+
+
 def explore_epoch(
     index: int, contents: Contents, judge: Judge, *, sets: bool = True, budget: int | None = None
 ) -> EpochResult:
     """Exhaust the epoch that ends at the current position of `contents`, in at most `budget` checks."""
-    result = EpochResult(index, contents.position)
-    counts = contents.undecided()
-    result.undecided_atoms = len(counts)
-    result.log2_states = float(np.log2(counts).sum())
-    search = Search(budget)
-    disk = CrashDisk(contents, search, sets=sets)
-    seen: dict[tuple[str, str, int], Found] = {}
-    rules: Counter[str] = Counter()
+    visit = _Visit(index, contents, judge, sets, budget)
+    return visit.ended(lambda: visit.search.explore(visit.whole))
 
-    def report(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
-        if problem.key in seen or rules[problem.rule] >= ENOUGH:
-            return
-        rules[problem.rule] += 1
-        size = contents.atom
-        decisions = tuple(
-            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0)
-            for d in search.path
-            if d.disk == 0
-        )
-        seen[problem.key] = Found(contents.position, problem, decisions, tuple(patches))
 
-    more = MORE
+def sample_epoch(
+    index: int, contents: Contents, judge: Judge, *, sets: bool = True, budget: int, seed: int
+) -> EpochResult:
+    """Look at single states of that epoch (`powercut.crash.sample`), in at most `budget` checks."""
+    visit = _Visit(index, contents, judge, sets, budget)
+    flight = contents.in_flight_atoms()
+    issued = np.unique(flight.event).tolist()
 
-    def whole() -> None:
-        nonlocal more
-        judge(disk, report, lambda rule: rules[rule] >= ENOUGH)
-        more -= bool(seen)
-        if more == 0:
-            raise _Stop
+    def run() -> None:
+        for survivors in (frozenset[int](), frozenset(issued)):  # this shows which atoms the check reads
+            visit.search.sample(visit.whole, surviving(survivors))
+        read = [atom for disk, atom in visit.search.asked if disk == 0]
+        matter = set(flight.event[np.isin(flight.atom, read)].tolist())
+        first = sorted(issued, key=lambda event: event not in matter)
+        for sample in samples(issued, first, seed):
+            visit.search.sample(visit.whole, sample.policy)
+            visit.result.sampled[sample.way] += 1
 
-    try:
-        search.explore(whole)
-        result.exhausted = not seen  # with a finding, judging was cut short
-    except _Stop:
-        pass
-    except BudgetSpent:
-        result.unknown = SPENT
-    except (Nondeterministic, Unjudged) as error:
-        result.unknown = str(error)
-    result.checks = search.checks
-    result.found = list(seen.values())
-    return result
+    visit.result.events = len(issued)
+    return visit.ended(run)
 
 
 def explore(
     contents: Contents,
     promise: Promise | None,
     judge: Judge,
-    epochs: Iterable[tuple[int, int, int | None]],
+    tasks: Iterable[Task],
     *,
     sets: bool = True,
+    seed: int = 1,
 ) -> Iterable[EpochResult]:
-    """Explore (index, position, budget) of `epochs`, which ascend."""
-    for index, position, budget in epochs:
-        contents.advance(position)
+    """Explore the epochs of `tasks`, which ascend."""
+    for task in tasks:
+        contents.advance(task.position)
         if promise is not None:
-            promise.advance(position)
-        yield explore_epoch(index, contents, judge, sets=sets, budget=budget)
+            promise.advance(task.position)
+        if task.sampled and task.budget is not None:
+            yield sample_epoch(task.index, contents, judge, sets=sets, budget=task.budget, seed=seed + task.index)
+        else:
+            yield explore_epoch(task.index, contents, judge, sets=sets, budget=task.budget)

@@ -11,6 +11,8 @@ part's verdict rests only on the answers given before it and those it asks for i
 one, each from the same point, covers every state, and the parts' counts add up where otherwise they would multiply.
 Two parts may read the same atom.
 
+Where a budget does not suffice, single states are looked at instead (`sample`): a policy gives the answers.
+
 A check must be deterministic in what it reads. A replayed prefix of answers that meets another question than before
 raises Nondeterministic.
 """
@@ -22,6 +24,8 @@ from typing import NamedTuple
 
 from powercut.crash.contents import Choice
 from powercut.errors import Nondeterministic
+
+_FEW = 8  # runs that each part of a check gets in a sample
 
 
 class Decision(NamedTuple):
@@ -37,20 +41,26 @@ class Decision(NamedTuple):
         return self.choice.events[self.chosen]
 
 
+Policy = Callable[[int, Choice], int]  # the number of the content to choose, on the disk with this number
+
+
 class BudgetSpent(Exception):
     """The search ran out of checks; what it did so far counts, and is not exhaustive."""
 
 
 class Search:
     """`checks` counts runs of a check or of a part; `budget` is the most there may be, or None. `path` lists the
-    decisions that hold now, in the order in which they were made."""
+    decisions that hold now, in the order in which they were made, `asked` the (disk, atom) of all there ever were."""
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self.checks = 0
         self.path: list[Decision] = []
+        self.asked: set[tuple[int, int]] = set()
         self._decided: dict[tuple[int, int], Decision] = {}
         self._script: list[Decision] = []
+        self._policy: Policy | None = None
+        self._sampling = False
 
     def decided(self, disk: int, atom: int) -> Decision | None:
         """What was decided for `atom` of the disk numbered `disk`."""
@@ -59,7 +69,10 @@ class Search:
     def decide(self, disk: int, choice: Choice) -> Decision:
         """Answer a question that was not put before in this run."""
         chosen = 0
-        if self._script:
+        self.asked.add((disk, choice.atom))
+        if self._policy is not None:
+            chosen = self._policy(disk, choice)
+        elif self._script:
             wanted = self._script.pop(0)
             if (wanted.disk, wanted.choice.atom) != (disk, choice.atom):
                 raise Nondeterministic(
@@ -78,13 +91,13 @@ class Search:
         Raises BudgetSpent before a run that `budget` does not allow, and Nondeterministic (see above).
         Afterwards the decisions made so far stand as before.
         """
-        base, outer = len(self.path), self._script
-        self._script = []
+        base, outer, policy = len(self.path), self._script, self._policy
+        self._script, self._policy = [], None
+        runs = 0
         try:
-            while True:
-                if self.budget is not None and self.checks >= self.budget:
-                    raise BudgetSpent
-                self.checks += 1
+            while not (self._sampling and runs == _FEW):
+                self._count()
+                runs += 1
                 part()
                 if self._script:
                     raise Nondeterministic("a check given the same answers ended before it had read as much as before")
@@ -98,7 +111,25 @@ class Search:
                 self._script = script
         finally:
             self._forget(base)
-            self._script = outer
+            self._script, self._policy = outer, policy
+
+    def sample(self, whole: Callable[[], None], policy: Policy) -> None:
+        """Run `whole` once, with the answers of `policy`; the parts it explores get a few runs each.
+
+        Raises BudgetSpent before a run that `budget` does not allow.
+        """
+        self._count()
+        self._policy, self._sampling = policy, True
+        try:
+            whole()
+        finally:
+            self._forget(0)
+            self._policy, self._sampling = None, False
+
+    def _count(self) -> None:
+        if self.budget is not None and self.checks >= self.budget:
+            raise BudgetSpent
+        self.checks += 1
 
     def _forget(self, length: int) -> None:
         for decision in self.path[length:]:

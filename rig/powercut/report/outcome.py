@@ -81,6 +81,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
             "log2_states": round(coverage.log2_states, 1),
             "checks": coverage.checks,
             "exhausted": coverage.exhausted,
+            "sampled": _sampled(coverage.sampled),
             "faults": {
                 kind: {"laid": s.laid, "silent": s.silent, "noticed": s.noticed, "harmless": s.harmless}
                 for kind, s in coverage.faults.items()
@@ -106,6 +107,13 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
     }
 
 
+def _sampled(sample: Any) -> dict[str, Any] | None:
+    if sample is None:
+        return None
+    ways = {way: {"done": done, "of": sample.of[way] or None} for way, done in sample.done.items()}
+    return {"epochs": sample.epochs, "seed": sample.seed, "ways": ways}
+
+
 def covered(coverage: Any) -> str:
     """One line of coverage."""
     how = "exhausted" if coverage.exhausted else f"{coverage.epochs_exhausted:,} exhausted"
@@ -113,6 +121,12 @@ def covered(coverage: Any) -> str:
         f"{count(coverage.epochs, 'epoch')} ({how}), {count(coverage.undecided_atoms, 'undecided atom')}, "
         f"{states(coverage.log2_states)} crash states, {count(coverage.checks, 'check')}"
     )
+
+
+def sampled(sample: Any) -> str:
+    """What was looked at where the budget did not suffice."""
+    ways = [f"{way} {done:,}{f' of {sample.of[way]:,}' if sample.of[way] else ''}" for way, done in sample.done.items()]
+    return f"{count(sample.epochs, 'epoch')} that the budget did not exhaust: {', '.join(ways)} (seed {sample.seed})"
 
 
 def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
@@ -124,6 +138,8 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
         lines.append(f"  checker  {plan.checker}, crashes inside what it writes {plan.recovery_depth} deep")
     else:
         lines.append(f"  rules    {', '.join(plan.rules)}")
+    if outcome.coverage.sampled is not None:
+        lines.append(f"  sampled  {sampled(outcome.coverage.sampled)}")
     for kind, s in outcome.coverage.faults.items():
         fates = f"{s.silent} silent, {s.noticed} noticed, {s.harmless} harmless"
         lines.append(f"  media    {kind}: {s.laid} laid, {fates}")
