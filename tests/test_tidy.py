@@ -20,7 +20,7 @@ FLOORS = [
     {"errors", "verdict", "disk", "trace", "stamp"},
     {"capture", "crash", "oracles", "guest", "scenario", "report", "doctor", "stats"},
     {"formats", "endings", "faults"},
-    {"external"},
+    {"external", "stores"},
     {"session"},
     {"explain"},
     {"operations"},
@@ -127,8 +127,9 @@ def quire_trespasses(graph: Graph) -> list[str]:
                     "external",
                     "inflight",
                 }
-                if not is_within(name, "powercut.formats.quire") and not serves:
-                    complaints.append(f"{name} imports {target}: only formats/quire.py does, and quire.nbd who serves")
+                stores = target == "quire.store" and name in {"powercut.capture.store", "powercut.stores"}
+                if not is_within(name, "powercut.formats.quire") and not serves and not stores:
+                    complaints.append(f"{name} imports {target}: only formats/quire.py does, and who serves or stores")
     return complaints
 
 

@@ -31,6 +31,7 @@ Version 1. A reader refuses any other version.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import enum
 import json
@@ -430,6 +431,16 @@ class Trace:
         """The bytes of a write event."""
         begin = (int(event["row"]) + 1) * SECTOR + int(event["offset"]) % SECTOR
         return memoryview(self._map)[begin : begin + int(event["length"])]
+
+    def about(self, event: np.void) -> dict[str, Any]:
+        """What a mark or a change of names says of itself; nothing for an event without payload."""
+        row = int(event["row"])
+        if not row:
+            return {}
+        begin = (row + 1) * SECTOR + int(event["offset"]) % SECTOR
+        at = bisect.bisect_left(self._payloads, (begin, 0, 0))
+        _, stored, digest = self._payloads[at]
+        return self._json(begin, begin, stored, digest)
 
     def file(self, role: str) -> FileInfo | None:
         """The file that plays `role`, or None."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import Durability, sparse_zeros
+from powercut.crash.model import CHANGES, Durability, sparse_zeros, table
 from powercut.disk import Bytes
 from powercut.stamp import GARBAGE, decode
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
@@ -72,7 +72,9 @@ class Contents(Durability):
     """
 
     def __init__(self, trace: Trace, file: FileInfo, atom: int = SECTOR, lying: int = 0) -> None:
-        super().__init__(trace, file.id, lying)
+        super().__init__(trace, file.id, lying, (*CHANGES, Kind.TRUNCATE))
+        columns = table(trace)
+        self._begin, self._end = columns.begin, columns.end
         self.size = file.size
         self.atom = atom
         self.per_atom = atom // SECTOR
@@ -85,9 +87,9 @@ class Contents(Durability):
             first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
             self.rows[first:last] = np.arange(row, row + last - first)
         self._composed: list[Bytes] = []
-        mine = (events["file"] == file.id) & np.isin(events["kind"], (Kind.WRITE, Kind.ZERO, Kind.DISCARD))
-        partial = ((events["offset"] | events["length"]) % atom != 0) & mine
-        self._partial = set(np.flatnonzero(partial).tolist())
+        self._partial = {
+            e for e in self.events if (self._begin[e] % atom or self._end[e] % atom) and self._begin[e] < self._end[e]
+        }
         # What a reader would see if nothing were lost: needed only to compose atoms that are written in part.
         self._newest: Any = self.rows.copy() if self._partial else None
         self._edges: dict[int, dict[int, Rows]] = {}
@@ -127,8 +129,7 @@ class Contents(Durability):
 
     def _compose(self, event: int) -> dict[int, Rows]:
         """The rows of the atoms at the edges of `event`, which it covers in part: its bytes over what was there."""
-        offset = int(self.trace.events["offset"][event])
-        end = offset + int(self.trace.events["length"][event])
+        offset, end = self._begin[event], self._end[event]
         edges: dict[int, Rows] = {}
         for atom in {offset // self.atom, (end - 1) // self.atom}:
             begin = atom * self.atom
@@ -191,8 +192,7 @@ class Contents(Durability):
 
     def writes(self) -> bool:
         """Whether any event changes anything."""
-        kinds = self.trace.events["kind"][self.trace.events["file"] == self.file]
-        return bool(np.isin(kinds, (Kind.WRITE, Kind.ZERO, Kind.DISCARD)).any())
+        return bool(self.events)
 
     # What may be read
 

@@ -26,14 +26,15 @@ and what may survive of them is what the guest may read after the crash (see `po
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
 
-_CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
+CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
 _MAP_NORESERVE = 0x4000
 
 
@@ -44,60 +45,96 @@ def sparse_zeros(count: int, dtype: type[np.generic]) -> NDArray[np.generic]:
     return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)[:count]
 
 
-def epochs(trace: Trace, file: int) -> list[int]:
-    """The crash positions to visit: the end of each epoch of `file`, ascending, the last being the trace's end."""
+def epochs(trace: Trace, file: int | None = None) -> list[int]:
+    """The crash positions to visit: the end of each epoch of `file`, ascending, the last being the trace's end.
+
+    Without `file`: of all files and directories together."""
     events = trace.events
     ends = (
-        (events["file"] == file)
-        & (events["result"] == 0)
+        (events["result"] == 0)
         & (events["completed"] != NEVER)
         & ((events["kind"] == Kind.FLUSH) | ((events["flags"] & Flag.FUA) != 0))
         & ((events["flags"] & Flag.LIED) == 0)
     )
+    if file is None:
+        ends |= (events["kind"] == Kind.SYNC_DIR) & (events["result"] == 0) & (events["completed"] != NEVER)
+    else:
+        ends &= events["file"] == file
     return [*sorted(events["completed"][ends].tolist()), trace.length]
 
 
-class Durability:
-    """Follows one file through the trace: `writer[sector]` is 1 + the index of the event whose content is
-    durable there (0: the initial content); `in_flight` lists the indices of events in flight.
+class Table:
+    """The columns of a trace's events as lists, made once for all that walk through it.
 
-    `others[sector]` lists further durable events that may have been the last on it, which happens only
-    where requests overlapped in time and place. `lying` is how many of the last flushes before a crash did nothing.
+    `begin` and `end` are the bytes of its file that an event changes, `first` and `last` the sectors. A truncation
+    changes what it cuts off to zeros: what any request that could have come before it had put there.
     """
 
-    def __init__(self, trace: Trace, file: int, lying: int = 0) -> None:
+    def __init__(self, trace: Trace) -> None:
+        events = trace.events
+        begin, end = events["offset"].copy(), events["offset"] + events["length"]
+        truncations = events["kind"] == Kind.TRUNCATE
+        extends = np.isin(events["kind"], (Kind.WRITE, Kind.ZERO))
+        for file in np.unique(events["file"][truncations]).tolist():
+            cuts = np.flatnonzero(truncations & (events["file"] == file))
+            written = np.flatnonzero(extends & (events["file"] == file))
+            initial = trace.files[file].size if file < len(trace.files) else 0
+            most = np.maximum.accumulate(np.append(initial, end[written]))
+            before = np.searchsorted(events["issued"][written], events["completed"][cuts])
+            begin[cuts] = events["length"][cuts]
+            end[cuts] = np.maximum(begin[cuts], most[before])
+        first, last = begin // SECTOR, -(-end // SECTOR)
+        self.begin: list[int] = begin.tolist()
+        self.end: list[int] = end.tolist()
+        self.first: list[int] = first.tolist()
+        self.last: list[int] = np.where(begin == end, first, last).tolist()
+        self.issued: list[int] = events["issued"].tolist()
+        self.completed: list[int] = events["completed"].tolist()
+        self.kind: list[int] = events["kind"].tolist()
+
+
+_tables: WeakKeyDictionary[Trace, Table] = WeakKeyDictionary()
+
+
+def table(trace: Trace) -> Table:
+    """The table of `trace`."""
+    found = _tables.get(trace)
+    if found is None:
+        found = _tables[trace] = Table(trace)
+    return found
+
+
+class Walk:
+    """Goes through the events of `file` whose kinds are `kinds`, and says when each becomes durable.
+
+    `in_flight` lists the indices of the events in flight, by issue. `lying` is how many of the last flushes before a
+    crash did nothing.
+    """
+
+    def __init__(self, trace: Trace, file: int, kinds: Collection[Kind], lying: int = 0) -> None:
         self.trace = trace
         self.file = file
         self.position = 0
         events = trace.events
-        mine = np.flatnonzero(events["file"] == file)
-        self.issued: list[int] = events["issued"].tolist()
-        self.completed: list[int] = events["completed"].tolist()
-        self.kind: list[int] = events["kind"].tolist()
-        first = events["offset"] // SECTOR
-        last = -(-(events["offset"] + events["length"]) // SECTOR)
-        self.first: list[int] = first.tolist()
-        self.last: list[int] = last.tolist()
-        end = max((self.last[e] for e in mine), default=0)
-        self.sectors = max(end, -(-trace.files[file].size // SECTOR))
-        self.writer: NDArray[np.int32] = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
+        columns = table(trace)
+        self.issued, self.completed, self.kind = columns.issued, columns.completed, columns.kind
         self.in_flight: list[int] = []
-        self.others: dict[int, list[int]] = {}
-        self._issued = events["issued"]
-        self._completed = events["completed"]
-        changes = np.isin(events["kind"][mine], _CHANGES)
-        done = (events["result"] == 0) & (events["completed"] != NEVER)
-        fua = (events["flags"] & Flag.FUA) != 0
-        flush = (events["kind"] == Kind.FLUSH) & done & ((events["flags"] & Flag.LIED) == 0)
-        self.failed = set(mine[changes & (events["result"][mine] != 0)].tolist())
+        mine = np.flatnonzero(events["file"] == file)
+        here = events[mine]
+        changes = np.isin(here["kind"], list(kinds))
+        done = (here["result"] == 0) & (here["completed"] != NEVER)
+        fua = (here["flags"] & Flag.FUA) != 0
+        flush = (here["kind"] == Kind.FLUSH) & done & ((here["flags"] & Flag.LIED) == 0)
+        self.events: list[int] = mine[changes].tolist()
+        self.failed = set(mine[changes & (here["result"] != 0)].tolist())
         # An in-flight event can be overtaken by a durable one only if it is durable for another reason than a flush.
-        self.overtaking = bool(self.failed) or bool(fua[mine].any())
+        self.overtaking = bool(self.failed) or bool(fua.any())
         # The steps of this file's history: (position, what, event), what being 0 enter, 1 flush done, 2 FUA done.
-        steps = [(self.issued[e], 0, e) for e in mine[changes].tolist()]
+        steps = [(self.issued[e], 0, e) for e in self.events]
         # A flush takes effect when it completes; if the last k lied, when the k-th after it does.
-        flushes = sorted(mine[flush[mine]].tolist(), key=self.completed.__getitem__)
+        flushes = sorted(mine[flush].tolist(), key=self.completed.__getitem__)
         steps += [(self.completed[late], 1, e) for e, late in zip(flushes, flushes[lying:], strict=False)]
-        steps += [(self.completed[e], 2, e) for e in mine[changes & (fua & done)[mine]].tolist()]
+        steps += [(self.completed[e], 2, e) for e in mine[changes & fua & done].tolist()]
         self._steps = sorted(steps)
         self._next = 0
 
@@ -121,22 +158,51 @@ class Durability:
     def _settle(self, events: list[int]) -> None:
         """Make `events` durable, in the order in which they completed."""
         for event in events:
-            first, last = self.first[event], self.last[event]
-            before = self.writer[first:last]
-            where: slice | NDArray[np.int64] = slice(first, last)
-            if before.any():
-                rivals = (before > 0) & (self._completed[before - 1] > self.issued[event])
-                if self.overtaking:
-                    newer = self.overtaken(event, np.arange(first, last))
-                    if newer.any():  # what is durable there came after this event: it stays
-                        where = first + np.flatnonzero(~newer)
-                        rivals &= ~newer
-                if rivals.any() or self.others:
-                    self._keep_rivals(event, first + np.flatnonzero(rivals))
-            self.settled(event, where)
+            self.settle(event)
         if events:
             gone = set(events)
             self.in_flight = [e for e in self.in_flight if e not in gone]
+
+    def entered(self, event: int) -> None:
+        """`event` was issued. For subclasses."""
+
+    def settle(self, event: int) -> None:
+        """`event` became durable. For subclasses."""
+
+
+class Durability(Walk):
+    """Follows the content of one file: `writer[sector]` is 1 + the index of the event whose content is durable there
+    (0: the initial content).
+
+    `others[sector]` lists further durable events that may have been the last on it, which happens only
+    where requests overlapped in time and place.
+    """
+
+    def __init__(self, trace: Trace, file: int, lying: int = 0, kinds: Collection[Kind] = CHANGES) -> None:
+        super().__init__(trace, file, kinds, lying)
+        columns = table(trace)
+        self.first, self.last = columns.first, columns.last
+        end = max((self.last[e] for e in np.flatnonzero(trace.events["file"] == file)), default=0)
+        self.sectors = max(end, -(-trace.files[file].size // SECTOR))
+        self.writer: NDArray[np.int32] = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
+        self.others: dict[int, list[int]] = {}
+        self._issued = trace.events["issued"]
+        self._completed = trace.events["completed"]
+
+    def settle(self, event: int) -> None:
+        first, last = self.first[event], self.last[event]
+        before = self.writer[first:last]
+        where: slice | NDArray[np.int64] = slice(first, last)
+        if before.any():
+            rivals = (before > 0) & (self._completed[before - 1] > self.issued[event])
+            if self.overtaking:
+                newer = self.overtaken(event, np.arange(first, last))
+                if newer.any():  # what is durable there came after this event: it stays
+                    where = first + np.flatnonzero(~newer)
+                    rivals &= ~newer
+            if rivals.any() or self.others:
+                self._keep_rivals(event, first + np.flatnonzero(rivals))
+        self.settled(event, where)
 
     def _keep_rivals(self, event: int, sectors: NDArray[np.int64]) -> None:
         first, last, issued = self.first[event], self.last[event], self.issued[event]
@@ -161,9 +227,6 @@ class Durability:
             if any(self.issued[rival] > completed for rival in rivals):
                 over |= sectors == sector
         return over
-
-    def entered(self, event: int) -> None:
-        """`event` was issued. For subclasses."""
 
     def settled(self, event: int, where: slice | NDArray[np.int64]) -> None:
         """`event` became durable in the sectors `where`. Subclasses that keep more than the writer extend this."""

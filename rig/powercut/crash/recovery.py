@@ -13,10 +13,38 @@ import numpy as np
 
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.disk import Deciding
+from powercut.crash.search import Search
 from powercut.disk import Bytes, Variants
 from powercut.trace import SECTOR
 
 Patch = tuple[int, bytes]  # byte offset, content
+
+
+def lay_over(content: Bytes, first: int, last: int, written: Contents, search: Search, number: int) -> None:
+    """Put what `written` records over `content`, the atoms first..last-1 as they are below (one row each). What is in
+    flight is decided by `search`, on the disk called `number`."""
+    inside = slice(first, min(last, len(written.writer) // written.per_atom))
+    writer = written.writer.reshape(-1, written.per_atom)[inside]
+    rows = written.rows.reshape(-1, written.per_atom)[inside]
+    here = np.flatnonzero(writer.any(axis=1))
+    if len(here):
+        lasting = written.take(rows[here].reshape(-1)).reshape(len(here), -1, SECTOR)
+        own = content.reshape(len(content), -1, SECTOR)[here]
+        content[here] = np.where((writer[here] > 0)[:, :, None], lasting, own).reshape(len(here), -1)
+    flight = written.in_flight_atoms()
+    low, high = np.searchsorted(flight.atom, (first, last))
+    for atom in np.unique(flight.atom[low:high]).tolist():
+        distinct = {content[atom - first].tobytes(): int(written.writer[atom * written.per_atom]) - 1}
+        for entry in np.flatnonzero(flight.atom[low:high] == atom).tolist():
+            other = written.take(flight.rows[low + entry]).tobytes()
+            distinct.setdefault(other, int(flight.event[low + entry]))
+        if len(distinct) == 1:
+            continue
+        decision = search.decided(number, atom)
+        if decision is None:
+            stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
+            decision = search.decide(number, Choice(atom, stacked, tuple(distinct.values())))
+        content[atom - first] = decision.choice.contents[decision.chosen]
 
 
 class RecoveredDisk:
@@ -42,7 +70,7 @@ class RecoveredDisk:
         size = self._contents.atom
         first, last = offset // size, -(-(offset + length) // size)
         content = self._below.read(first * size, (last - first) * size).copy()
-        self._lay_over(content.reshape(-1, size), first, last)
+        lay_over(content.reshape(-1, size), first, last, self._contents, self.search, self._level)
         return content[offset - first * size :][:length]
 
     def variants(self, offset: int, length: int) -> Variants:
@@ -51,27 +79,6 @@ class RecoveredDisk:
     def explore(self, part: Callable[[], None]) -> None:
         """Run `part` of a check for every way its reads can turn out (`Search.explore`)."""
         self.search.explore(part)
-
-    def _lay_over(self, content: Bytes, first: int, last: int) -> None:
-        """Put what is written over `content`, the atoms first..last-1 as they are below."""
-        contents = self._contents
-        inside = slice(first, min(last, len(contents.writer)))
-        here = np.flatnonzero(contents.writer[inside])
-        content[here] = contents.take(contents.rows[inside][here])
-        flight = contents.in_flight_atoms()
-        low, high = np.searchsorted(flight.atom, (first, last))
-        for atom in np.unique(flight.atom[low:high]).tolist():
-            distinct = {content[atom - first].tobytes(): int(contents.writer[atom]) - 1}
-            for entry in np.flatnonzero(flight.atom[low:high] == atom).tolist():
-                other = contents.take(flight.rows[low + entry])[0].tobytes()
-                distinct.setdefault(other, int(flight.event[low + entry]))
-            if len(distinct) == 1:
-                continue
-            decision = self.search.decided(self._level, atom)
-            if decision is None:
-                stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
-                decision = self.search.decide(self._level, Choice(atom, stacked, tuple(distinct.values())))
-            content[atom - first] = decision.choice.contents[decision.chosen]
 
     def patches(self) -> list[Patch]:
         """What this state has that `below` has not, as far as it is decided: durable writes of the recovery and the

@@ -1,0 +1,237 @@
+"""Several files at a crash: what each may hold, how long it may be, and which names lead to it.
+
+A *node* is a file or directory, told by the level it came to be at (0: the recorded program; 1: a recovery that ran
+on a crash state; 2: a recovery after a crash inside that one) and its number in that level's trace.
+
+A `CrashSet` is one state, decided as it is looked at: a name when it is looked up, a size when it is asked for, an
+atom when it is read. Crash states of level 1 and 2 lie over the state that the recovery found: what it did not touch
+goes on being decided there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from powercut.crash.contents import Choice, Contents
+from powercut.crash.disk import CrashDisk
+from powercut.crash.names import Change, Names
+from powercut.crash.recovery import lay_over
+from powercut.crash.search import Decision, Search
+from powercut.crash.sizes import Sizes
+from powercut.disk import Bytes
+from powercut.trace import SECTOR, Trace
+
+_BITS = 20  # of a disk's number that tell files apart
+_FILES, _SIZES, _NAMES = range(3)  # what a disk's number is of
+
+
+class Node(NamedTuple):
+    """A file or directory of the trace of `level`."""
+
+    level: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The choices of the fault model. `atom` bytes are written in one piece; the last `lying` flushes of each file
+    did nothing; `directory` is "posix" or "ordered"; without `sizes` no size change is ever lost."""
+
+    atom: int = SECTOR
+    lying: int = 0
+    directory: str = "posix"
+    sizes: bool = True
+
+
+class FileSet:
+    """All files of one trace at the current position."""
+
+    def __init__(self, trace: Trace, options: Options) -> None:
+        self.trace = trace
+        self.options = options
+        plain = [info for info in trace.files if info.role not in ("guest", "directory")]
+        self.contents = {info.id: Contents(trace, info, options.atom, options.lying) for info in plain}
+        self.sizes = {info.id: Sizes(trace, info, options.lying) for info in plain}
+        self.names = Names(trace)
+
+    def advance(self, position: int) -> None:
+        """Go on to a crash at `position`."""
+        for contents in self.contents.values():
+            contents.advance(position)
+        for sizes in self.sizes.values():
+            sizes.advance(position)
+        self.names.advance(position)
+
+    def settle_rest(self) -> None:
+        """Let nothing be in flight: all that was done is there."""
+        for contents in self.contents.values():
+            contents.settle_rest()
+        for sizes in self.sizes.values():
+            sizes.durable, sizes.in_flight = sizes.newest(), []
+        for change in self.names.in_flight:
+            self.names.durable.update(change.sets)
+        self.names.in_flight = []
+
+    def alternatives(self) -> list[int]:
+        """How many alternatives each undecided thing has: atoms, sizes, and changes of names."""
+        counts: list[int] = []
+        for contents in self.contents.values():
+            counts += contents.undecided().tolist()
+        if self.options.sizes:
+            counts += [n for sizes in self.sizes.values() if (n := len(sizes.possible())) > 1]
+        changes = len(self.names.in_flight)
+        if changes:
+            counts += [2] * changes if self.options.directory == "posix" else [changes + 1]
+        return counts
+
+
+class State(Protocol):
+    """A crash state of several files."""
+
+    search: Search
+
+    def lookup(self, directory: Node, name: str) -> Node | None:
+        """What `name` leads to, if anything."""
+
+    def entries(self, directory: Node) -> list[str]:
+        """The names in `directory`, sorted."""
+
+    def size(self, node: Node) -> int: ...
+
+    def read(self, node: Node, offset: int, length: int) -> Bytes:
+        """`length` bytes of a file; beyond its end, what would be there if it were longer."""
+
+    def names(self, directory: Node) -> set[str]:
+        """Every name that `directory` has in some state. Decides nothing."""
+
+
+class CrashSet:
+    """`files` as one of its crash states.
+
+    `below` is the state that the recovery recorded in `files` found; None for the recorded program itself.
+    `known[id]` is the node below that the recovery's file or directory `id` is; what it made itself is not in it."""
+
+    def __init__(
+        self, files: FileSet, search: Search, below: State | None = None, level: int = 0,
+        known: Mapping[int, Node] | None = None,
+    ) -> None:  # fmt: skip
+        self.files = files
+        self.search = search
+        self.level = level
+        self._below = below
+        self._known = dict(known or {})
+        self._mine = {node: id for id, node in self._known.items()}
+
+    def node(self, id: int) -> Node:
+        """The node that this level's trace calls `id`."""
+        return self._known.get(id, Node(self.level, id))
+
+    def _id(self, node: Node) -> int | None:
+        return node.id if node.level == self.level else self._mine.get(node)
+
+    def _number(self, what: int, id: int) -> int:
+        return (self.level * 3 + what) << _BITS | id
+
+    # Names
+
+    def lookup(self, directory: Node, name: str) -> Node | None:
+        id = self._id(directory)
+        if id is not None:
+            entry = (id, name)
+            for change in self.files.names.touching(entry):
+                if self._survived(change):
+                    return self._node_of(change.sets[entry])
+            if entry in self.files.names.durable:
+                return self._node_of(self.files.names.durable[entry])
+        return None if self._below is None else self._below.lookup(directory, name)
+
+    def _node_of(self, id: int | None) -> Node | None:
+        return None if id is None else self.node(id)
+
+    def _survived(self, change: Change) -> bool:
+        if self.files.options.directory == "posix":
+            return self._decide(_NAMES, 0, change.number, [0, 1], (-1, change.event)) == 1
+        changes = self.files.names.in_flight
+        events = (-1, *(c.event for c in changes))
+        kept = self._decide(_NAMES, 0, changes[0].number, list(range(len(changes) + 1)), events)
+        return change in changes[:kept]
+
+    def names(self, directory: Node) -> set[str]:
+        id = self._id(directory)
+        mine = self.files.names.of(id) if id is not None else set()
+        return mine if self._below is None else mine | self._below.names(directory)
+
+    def entries(self, directory: Node) -> list[str]:
+        return [name for name in sorted(self.names(directory)) if self.lookup(directory, name) is not None]
+
+    # Sizes and contents
+
+    def size(self, node: Node) -> int:
+        id = self._id(node)
+        if id is None:
+            assert self._below is not None
+            return self._below.size(node)
+        sizes = self.files.sizes[id]
+        if not self.files.options.sizes:
+            return sizes.newest()
+        possible = sizes.possible()
+        return self._decide(_SIZES, id, 0, list(possible), tuple(possible.values()))
+
+    def read(self, node: Node, offset: int, length: int) -> Bytes:
+        id = self._id(node)
+        if id is None:
+            assert self._below is not None
+            return self._below.read(node, offset, length)
+        contents, number = self.files.contents[id], self._number(_FILES, id)
+        if self._below is None:
+            return CrashDisk(contents, self.search, number=number).read(offset, length)
+        size = contents.atom
+        first, last = offset // size, -(-(offset + length) // size)
+        if node.level == self.level:
+            content = np.zeros((last - first) * size, dtype=np.uint8)
+        else:
+            content = self._below.read(node, first * size, (last - first) * size).copy()
+        lay_over(content.reshape(-1, size), first, last, contents, self.search, number)
+        return content[offset - first * size :][:length]
+
+    def _decide(self, what: int, id: int, atom: int, values: list[int], events: tuple[int, ...]) -> int:
+        """The value that a size or a change of names has in this state."""
+        if len(values) == 1:
+            return values[0]
+        number = self._number(what, id)
+        decision = self.search.decided(number, atom)
+        if decision is None:
+            choice = Choice(atom, np.array(values, dtype=np.int64).view(np.uint8).reshape(len(values), -1), events)
+            decision = self.search.decide(number, choice)
+        return values[decision.chosen]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A decision in words: `what` is "content", "size" or "name"; `file` how the trace calls the file, or the
+    directory; `event` the event whose effect is there (-1: what was before), in the trace of `level`."""
+
+    level: int
+    what: str
+    file: str
+    offset: int
+    event: int
+    durable: bool
+
+
+def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
+    """What a decision means. `traces` are those of the levels."""
+    kind, id = decision.disk >> _BITS, decision.disk & ((1 << _BITS) - 1)
+    level, what = divmod(kind, 3)
+    trace = traces[level]
+    durable = decision.chosen == 0
+    if what == _NAMES:
+        event = decision.event if decision.event >= 0 else decision.choice.events[-1]
+        return Told(level, "name", trace.files[int(trace.events["file"][event])].name, 0, event, durable)
+    size = decision.choice.contents.shape[1] if what == _FILES else 0
+    name = trace.files[id].name
+    return Told(level, ("content", "size")[what], name, decision.choice.atom * size, decision.event, durable)

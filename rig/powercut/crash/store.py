@@ -1,0 +1,231 @@
+"""A crash state as a store: a program that was written for `quire.store` opens it like a directory.
+
+What the program changes is kept in memory over the state; `powercut.capture.store` around it records that, so that a
+crash inside a recovery can be explored in its turn. The state is decided as it is looked at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+from collections.abc import Iterator, Mapping
+
+from powercut.crash.fileset import Node, State
+from powercut.crash.search import Search
+from powercut.disk import Bytes
+from powercut.trace import SECTOR
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Nothing:
+    """The state of directories that are empty."""
+
+    def __init__(self) -> None:
+        self.search = Search()
+
+    def lookup(self, directory: Node, name: str) -> Node | None:
+        return None
+
+    def entries(self, directory: Node) -> list[str]:
+        return []
+
+    def size(self, node: Node) -> int:
+        raise LookupError(node)
+
+    def read(self, node: Node, offset: int, length: int) -> Bytes:
+        raise LookupError(node)
+
+    def names(self, directory: Node) -> set[str]:
+        return set()
+
+
+class _Live:
+    """A file as the program left it: what the state has, and pages over it."""
+
+    def __init__(self, state: State, node: Node | None) -> None:
+        self._state = state
+        self.node = node
+        self.size = 0 if node is None else state.size(node)
+        self._kept = self.size if node is not None else 0  # what lies below counts up to here
+        self._pages: dict[int, bytearray] = {}
+        self.locked: object | None = None
+
+    def read(self, offset: int, length: int) -> bytes:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
+        if not any(page in self._pages for page in range(first, last)):
+            return self._below(offset, length)
+        content = b"".join(self._pages.get(page) or self._below(page * SECTOR, SECTOR) for page in range(first, last))
+        return content[offset - first * SECTOR :][:length]
+
+    def _below(self, offset: int, length: int) -> bytes:
+        there = min(length, self._kept - offset)
+        if there <= 0 or self.node is None:
+            return bytes(length)
+        return self._state.read(self.node, offset, there).tobytes() + bytes(length - there)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        place, view = offset, memoryview(data).cast("B")
+        while view:
+            number, inner = divmod(place, SECTOR)
+            count = min(len(view), SECTOR - inner)
+            page = self._pages.get(number)
+            if page is None:
+                whole = count == SECTOR
+                page = self._pages[number] = bytearray(SECTOR if whole else self._below(number * SECTOR, SECTOR))
+            page[inner : inner + count] = view[:count]
+            place, view = place + count, view[count:]
+        self.size = max(self.size, offset + len(data))
+
+    def truncate(self, size: int) -> None:
+        if size < self.size:
+            self._kept = min(self._kept, size)
+            for number in [n for n in self._pages if (n + 1) * SECTOR > size]:
+                keep = size - number * SECTOR
+                if keep <= 0:
+                    del self._pages[number]
+                else:
+                    self._pages[number][keep:] = bytes(SECTOR - keep)
+        self.size = size
+
+
+class SetFile:
+    """An open file of a `SetStore`. See `quire.store.File`. `node` is what it was before the program ran, if it was."""
+
+    def __init__(self, live: _Live, name: str, write: bool) -> None:
+        self._live = live
+        self.name = name
+        self.node = live.node
+        self._write = write
+
+    def size(self) -> int:
+        return self._live.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._live.read(offset, length)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._writable()
+        self._live.write(offset, data)
+
+    def truncate(self, size: int) -> None:
+        self._writable()
+        self._live.truncate(size)
+
+    def allocate(self, offset: int, length: int) -> None:
+        self._writable()
+        self._live.truncate(max(self._live.size, offset + length))
+
+    def punch(self, offset: int, length: int) -> None:
+        self._writable()
+        end = min(offset + length, self._live.size)
+        if end > offset:
+            self._live.write(offset, bytes(end - offset))
+
+    def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        end = min(offset + length, self._live.size)
+        if end > offset:
+            yield offset, end - offset  # a hole is worth nothing here: every filesystem may fill it
+
+    def sync(self) -> None:
+        """Nothing: what counts is the recording."""
+
+    def drop_cache(self) -> None:
+        """Nothing: there is none."""
+
+    def lock(self) -> bool:
+        if self._live.locked in (None, self):
+            self._live.locked = self
+            return True
+        return False
+
+    def close(self) -> None:
+        if self._live.locked is self:
+            self._live.locked = None
+
+    def _writable(self) -> None:
+        if not self._write:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
+
+
+class SetStore:
+    """One directory of `state`. See `quire.store.Store`. `directories` are all there are, by their path within the
+    recording."""
+
+    def __init__(self, state: State, directories: Mapping[str, Node], path: str = ".") -> None:
+        self.path = path
+        self.node = directories[path]
+        self._state = state
+        self._directories = directories
+        self._changed: dict[tuple[Node, str], _Live | None] = {}
+        self._files: dict[Node, _Live] = {}
+
+    def names(self) -> list[str]:
+        return [name for name in sorted(self._possible()) if self._find(name) is not None]
+
+    def _possible(self) -> set[str]:
+        return self._state.names(self.node) | {name for node, name in self._changed if node == self.node}
+
+    def create(self, name: str) -> SetFile:
+        if self._find(name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        live = self._changed[self.node, name] = _Live(self._state, None)
+        return SetFile(live, name, True)
+
+    def open(self, name: str, *, write: bool) -> SetFile:
+        return SetFile(self._there(name), name, write)
+
+    def rename(self, old: str, new: str) -> None:
+        live = self._there(old)
+        if self._find(new) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+        self._changed[self.node, old], self._changed[self.node, new] = None, live
+
+    def unlink(self, name: str) -> None:
+        self._there(name)
+        self._changed[self.node, name] = None
+
+    def chmod(self, name: str, mode: int) -> None:
+        self._there(name)
+
+    def sync_dir(self) -> None:
+        """Nothing: what counts is the recording."""
+
+    def at(self, relative: str) -> SetStore:
+        path = posixpath.normpath(posixpath.join(self.path, relative))
+        if path not in self._directories:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        other = SetStore(self._state, self._directories, path)
+        other._changed, other._files = self._changed, self._files
+        return other
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _find(self, name: str) -> _Live | None:
+        if not name or "/" in name or "\0" in name or name in (".", ".."):
+            raise OSError(errno.EINVAL, "not a file name", name)
+        if (self.node, name) in self._changed:
+            return self._changed[self.node, name]
+        node = self._state.lookup(self.node, name)
+        if node is None:
+            return None
+        if node not in self._files:
+            self._files[node] = _Live(self._state, node)
+        return self._files[node]
+
+    def _there(self, name: str) -> _Live:
+        live = self._find(name)
+        if live is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return live
+
+
+def in_memory(*directories: str) -> SetStore:
+    """An empty store that keeps everything in memory: the directory ".", and beside it `directories`."""
+    paths = [".", *(path for path in directories if path != ".")]
+    return SetStore(Nothing(), {path: Node(0, number) for number, path in enumerate(paths)})

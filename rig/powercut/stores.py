@@ -1,0 +1,230 @@
+"""Exploring a recording of a store: the real open and recovery of an implementation, on every crash state of its files.
+
+A judge is given a crash state as a store, and does with it what a user would do after the crash: open, recover, look.
+What it writes is recorded, and a crash at every moment of that is explored in the same way, `depth` levels deep.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from powercut.capture.store import RecordingStore
+from powercut.crash.explore import ENOUGH, MORE, SPENT, Unjudged
+from powercut.crash.fileset import CrashSet, FileSet, Node, Options, State, Told, tell
+from powercut.crash.model import CHANGES, epochs
+from powercut.crash.search import BudgetSpent, Search
+from powercut.crash.store import SetFile, SetStore
+from powercut.errors import Nondeterministic
+from powercut.trace import Kind, Trace, TraceWriter
+from powercut.verdict import Problem, Verdict
+from quire.store import File, Store
+
+DEFAULT = Options()
+_CHANGING = [*CHANGES, Kind.TRUNCATE, Kind.CREATE, Kind.LINK, Kind.RENAME, Kind.UNLINK]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One crash state, for a judge: `store` is the first directory of the recording after a crash before `position`
+    of its trace, or, at `level` 1 or more, after a further crash inside a recovery.
+
+    `report` takes a broken rule. `explore` runs an independent part of the check for every way its reads can turn out:
+    what one part reads is not decided for the next, so nothing that a part has read may be kept for another."""
+
+    store: Store
+    position: int
+    level: int
+    report: Callable[[Problem], None]
+    explore: Callable[[Callable[[], None]], None]
+
+
+class Judge(Protocol):
+    """The check of one state. It must depend on nothing but what it reads of the store. Raises Unjudged."""
+
+    def __call__(self, case: Case) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFinding:
+    """A broken rule: a crash before `position`, and what had then survived of what was in flight."""
+
+    position: int
+    level: int
+    problem: Problem
+    decisions: tuple[Told, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem.rule}: {self.problem.text}", f"  crash before position {self.position}"]
+        for told in self.decisions:
+            state = "as it was" if told.durable else f"as event {told.event} left it"
+            where = f" at {told.offset:,}" if told.what == "content" else ""
+            level = f" (recovery {told.level})" if told.level else ""
+            lines.append(f"  {told.what} of {told.file}{where}: {state}{level}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class StoreOutcome:
+    """What the search says. `checks` counts runs of the judge or of a part of it, recoveries included."""
+
+    epochs: int = 0
+    exhausted: int = 0  # epochs
+    undecided: int = 0  # atoms, sizes and changes of names
+    log2_states: float = 0.0
+    checks: int = 0
+    findings: list[StoreFinding] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.findings:
+            return Verdict.BROKEN
+        return Verdict.HOLDS if self.exhausted == self.epochs and not self.reasons else Verdict.UNKNOWN
+
+    def add(self, other: StoreOutcome) -> None:
+        """Count `other` epochs in."""
+        self.epochs += other.epochs
+        self.exhausted += other.exhausted
+        self.undecided += other.undecided
+        self.log2_states += other.log2_states
+        self.checks += other.checks
+        self.findings += other.findings
+        self.reasons += [reason for reason in other.reasons if reason not in self.reasons]
+
+
+class _Known:
+    """Which nodes of the state a recovery's trace speaks of."""
+
+    def __init__(self, grain: int) -> None:
+        self.grain = grain
+        self.nodes: dict[int, Node] = {}
+
+    def file(self, id: int, file: File) -> None:
+        assert isinstance(file, SetFile)
+        if file.node is not None:
+            self.nodes[id] = file.node
+
+    def directory(self, id: int, store: Store) -> None:
+        assert isinstance(store, SetStore)
+        self.nodes[id] = store.node
+
+
+class _Enough(Exception):
+    """Enough was found in this epoch."""
+
+
+class _Epoch:
+    """The search of one epoch."""
+
+    def __init__(self, files: FileSet, judge: Judge, depth: int, budget: int | None, scratch: str) -> None:
+        self.files = files
+        self.judge = judge
+        self.depth = depth
+        self.scratch = scratch
+        self.search = Search(budget)
+        self.traces = {0: files.trace}
+        self.directories = {f.name: Node(0, f.id) for f in files.trace.files if f.role == "directory"}
+        self.found: dict[tuple[str, str, int], StoreFinding] = {}
+        self._more = MORE
+
+    def run(self, position: int) -> StoreOutcome:
+        self.position = position
+        counts = self.files.alternatives()
+        result = StoreOutcome(1, 0, len(counts), float(sum(np.log2(counts))) if counts else 0.0)
+        try:
+            self.search.explore(self._whole)
+            result.exhausted = int(not self.found)
+        except _Enough:
+            pass
+        except BudgetSpent:
+            result.reasons.append(SPENT)
+        except (Nondeterministic, Unjudged) as error:
+            result.reasons.append(str(error))
+        result.checks = self.search.checks
+        result.findings = list(self.found.values())
+        return result
+
+    def _whole(self) -> None:
+        self._check(CrashSet(self.files, self.search), 0)
+        self._more -= bool(self.found)
+        if self._more == 0 or len(self.found) >= ENOUGH:
+            raise _Enough
+
+    def _check(self, state: State, level: int) -> None:
+        def report(problem: Problem) -> None:
+            if problem.key not in self.found:
+                told = tuple(tell(decision, self.traces) for decision in self.search.path)
+                self.found[problem.key] = StoreFinding(self.position, level, problem, told)
+
+        known = _Known(self.files.options.atom)
+        path = f"{self.scratch}/recovery-{level + 1}.trace"
+        with TraceWriter(path, {}) as writer:
+            store = RecordingStore(SetStore(state, self.directories), writer, known)
+            self.judge(Case(store, self.position, level, report, self.search.explore))
+        if level >= self.depth:
+            return
+        trace = Trace(path)
+        if not np.isin(trace.events["kind"], _CHANGING).any():
+            return
+        # The next recovery is recorded under the same name: this one's file goes on under its map.
+        Path(path).unlink()
+        self.traces[level + 1] = trace
+        files = FileSet(trace, self.files.options)
+        for position in epochs(trace):
+            files.advance(position)
+            crashed = CrashSet(files, self.search, state, level + 1, known.nodes)
+            self.search.explore(lambda crashed=crashed: self._check(crashed, level + 1))  # type: ignore[misc]
+
+
+def explore_store(
+    trace: str | Path,
+    judge: Judge,
+    *,
+    depth: int = 2,
+    options: Options = DEFAULT,
+    budget: int | None = None,
+    positions: Sequence[int] | None = None,
+    jobs: int = 1,
+) -> StoreOutcome:
+    """Run `judge` on every crash state of the store recorded in `trace`, at the end of each epoch, or at `positions`.
+
+    `budget` bounds the checks of one epoch. Processes are forked, so `judge` may be anything.
+    Raises InputError if the trace cannot be used."""
+    ends = list(positions) if positions is not None else epochs(Trace(trace))
+
+    def walk(part: Iterable[int]) -> StoreOutcome:
+        recording = Trace(trace)
+        recording.verify()
+        files = FileSet(recording, options)
+        outcome = StoreOutcome()
+        with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+            for position in part:
+                files.advance(position)
+                outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))
+        return outcome
+
+    if jobs == 1 or len(ends) < 2:
+        return walk(ends)
+    global _forked
+    _forked = walk
+    outcome = StoreOutcome()
+    # Dealt out in turn: neighbouring epochs take about as long.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for part in pool.map(_walk, [ends[i::jobs] for i in range(jobs)]):
+            outcome.add(part)
+    return outcome
+
+
+_forked: Callable[[Iterable[int]], StoreOutcome]
+
+
+def _walk(part: Iterable[int]) -> StoreOutcome:
+    return _forked(part)
