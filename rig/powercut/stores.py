@@ -28,7 +28,7 @@ from powercut.verdict import Problem, Verdict
 from quire.store import File, Store
 
 DEFAULT = Options()
-_CHANGING = [*CHANGES, Kind.TRUNCATE, Kind.CREATE, Kind.LINK, Kind.RENAME, Kind.UNLINK]
+_CONTENT = [*CHANGES, Kind.TRUNCATE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +172,12 @@ class _Epoch:
         if level >= self.depth:
             return
         trace = Trace(path)
-        if not np.isin(trace.events["kind"], _CHANGING).any():
+        files = FileSet(trace, self.files.options)
+        if not np.isin(trace.events["kind"], _CONTENT).any() and not files.names.changes:
             return
         # The next recovery is recorded under the same name: this one's file goes on under its map.
         Path(path).unlink()
         self.traces[level + 1] = trace
-        files = FileSet(trace, self.files.options)
         for position in epochs(trace):
             files.advance(position)
             crashed = CrashSet(files, self.search, state, level + 1, known.nodes)

@@ -48,7 +48,13 @@ def a_step(what: str, name: Any = A, begin: Any = NONE, count: Any = NONE, value
 
 
 name, begin, count = st.sampled_from(NAMES), st.integers(0, 3), st.integers(1, 4)
-steps = st.lists(
+BEGINNINGS: list[list[Step]] = [
+    [],
+    [Step("create", "a"), Step("write", "a", 0, 4, 5)],
+    [Step("create", "a"), Step("write", "a", 0, 4, 5), Step("sync", "a"), Step("sync_dir")],
+    [Step("create", "a"), Step("create", "b"), Step("sync_dir"), Step("write", "a", 0, 3, 5)],
+]
+more = st.lists(
     st.one_of(
         a_step("create", name),
         a_step("write", name, begin, count, st.integers(1, 9)),
@@ -61,8 +67,9 @@ steps = st.lists(
         a_step("sync", name),
         a_step("sync_dir"),
     ),
-    max_size=8,
+    max_size=6,
 )
+steps = st.tuples(st.sampled_from(BEGINNINGS), more).map(lambda parts: parts[0] + parts[1])
 
 
 def do(store: Any, plan: list[Step]) -> None:
@@ -234,6 +241,7 @@ def record(path: Path, plan: list[Step]) -> Path:
 
 @pytest.mark.parametrize("directory", ["posix", "ordered"])
 @given(plan=steps)
+@settings(max_examples=150)
 def test_every_state_and_no_other(directory, plan):
     with tempfile.TemporaryDirectory() as scratch:
         path = record(Path(scratch) / "t", plan)
@@ -247,8 +255,8 @@ def test_every_state_and_no_other(directory, plan):
         assert list(states.values()) == list(epochs_of(plan, (), directory))
 
 
-@given(first=steps, second=steps)
-@settings(max_examples=40)
+@given(first=steps, second=more)
+@settings(max_examples=100)
 def test_every_state_of_a_crash_inside_a_recovery(first, second):
     with tempfile.TemporaryDirectory() as scratch:
         path = record(Path(scratch) / "t", first)

@@ -35,15 +35,15 @@ class Change:
 class Names:
     """The entries of all directories of a trace. `durable` are those known to be so; None: known not to be there.
 
-    `in_flight` lists changes, by issue."""
+    `changes` are all there ever are, `in_flight` those in flight, by issue."""
 
     def __init__(self, trace: Trace) -> None:
         self.durable: dict[Entry, int | None] = initial(trace)
         self.in_flight: list[Change] = []
-        self._changes = changes(trace)
+        self.changes = changes(trace)
         events = trace.events
         self._issued, self._completed = events["issued"], events["completed"]
-        steps = [(int(self._issued[c.event]), 0, c.number) for c in self._changes]
+        steps = [(int(self._issued[c.event]), 0, c.number) for c in self.changes]
         synced = (events["kind"] == Kind.SYNC_DIR) & (events["result"] == 0) & (events["completed"] != NEVER)
         steps += [(int(self._completed[event]), 1, event) for event in synced.nonzero()[0].tolist()]
         self._directory = events["file"]
@@ -56,7 +56,7 @@ class Names:
             _, synced, number = self._steps[self._next]
             self._next += 1
             if not synced:
-                self.in_flight.append(self._changes[number])
+                self.in_flight.append(self.changes[number])
                 continue
             directory, since = self._directory[number], self._issued[number]
             covered = [c for c in self.in_flight if c.directory == directory and self._completed[c.event] < since]
@@ -84,7 +84,7 @@ def initial(trace: Trace) -> dict[Entry, int | None]:
 
 
 def changes(trace: Trace) -> list[Change]:
-    """Every change of names of a trace, in the order of issue. Raises InputError for one that makes no sense."""
+    """Every change of names of a trace, in the order of issue; one that failed changed nothing. Raises InputError for one that makes no sense."""
     found: list[Change] = []
     for event in range(len(trace.events)):
         row = trace.events[event]
