@@ -256,7 +256,7 @@ def test_every_state_and_no_other(directory, plan):
 
 
 @given(first=steps, second=more)
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_every_state_of_a_crash_inside_a_recovery(first, second):
     with tempfile.TemporaryDirectory() as scratch:
         path = record(Path(scratch) / "t", first)

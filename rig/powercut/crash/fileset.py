@@ -195,6 +195,7 @@ class CrashSet:
             content = np.zeros((last - first) * size, dtype=np.uint8)
         else:
             content = self._below.read(node, first * size, (last - first) * size).copy()
+            content[max(0, self._below.size(node) - first * size) :] = 0  # a file that grows again has zeros there
         lay_over(content.reshape(-1, size), first, last, contents, self.search, number)
         return content[offset - first * size :][:length]
 

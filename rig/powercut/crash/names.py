@@ -84,7 +84,9 @@ def initial(trace: Trace) -> dict[Entry, int | None]:
 
 
 def changes(trace: Trace) -> list[Change]:
-    """Every change of names of a trace, in the order of issue; one that failed changed nothing. Raises InputError for one that makes no sense."""
+    """Every change of names of a trace, in the order of issue; one that failed changed nothing.
+
+    Raises InputError for one that makes no sense."""
     found: list[Change] = []
     for event in range(len(trace.events)):
         row = trace.events[event]
