@@ -7,6 +7,7 @@ What it writes is recorded, and a crash at every moment of that is explored in t
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,8 @@ from powercut.verdict import Problem, Verdict
 from quire.store import File, Store
 
 DEFAULT = Options()
+# Thousands of recoveries are recorded and forgotten: in memory, where there is a place for it.
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _CONTENT = [*CHANGES, Kind.TRUNCATE]
 
 
@@ -205,7 +208,7 @@ def explore_store(
         recording.verify()
         files = FileSet(recording, options)
         outcome = StoreOutcome()
-        with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
             for position in part:
                 files.advance(position)
                 outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))
