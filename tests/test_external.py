@@ -65,6 +65,35 @@ def test_repairs_hold_and_crashes_inside_them_too(traces, figure):
     assert alone.coverage.checks < outcome.coverage.checks, "the repairs wrote, and crashes inside were explored"
 
 
+@pytest.mark.parametrize("name", ["honest", "lying"])
+@pytest.mark.parametrize(("command", "depth"), [("qemu-img check -f qcow2", 0), ("qemu-img check -f qcow2 -r all", 1)])
+def test_same_bytes_read_same_verdict(traces, monkeypatch, figure, name, command, depth):
+    """With the memory and without, everything but the number of runs is the same."""
+    with_memory = explored(traces[name], command, depth)
+    monkeypatch.setattr("powercut.external.Memory.recall", lambda self, disk: None)
+    without = explored(traces[name], command, depth)
+    saved = with_memory.coverage.runs
+    figure(f"runs of {command}, {name}: remembered / not", f"{saved} / {without.coverage.runs}")
+    if depth or with_memory.coverage.epochs > 1:
+        assert saved < without.coverage.runs
+    else:
+        assert saved == without.coverage.runs, "in one epoch each run of a plain check is given something else"
+    with_memory.coverage.runs = without.coverage.runs
+    assert with_memory == without
+
+
+def test_a_program_with_a_mind_of_its_own_is_not_taken_at_its_first_word(traces, tmp_path):
+    """Control: the memory holds for what is read. A program that reads elsewhere on other bytes runs for each."""
+    text = """
+shown = subprocess.run(['qemu-io', '-f', 'raw', '-r', '-c', 'read -v 12288 8', image], capture_output=True, text=True)
+l1 = int(''.join(shown.stdout.split(':')[1].split()[:8]), 16)
+sys.exit(1 if l1 else 0)
+"""
+    outcome = explored(traces["honest"], script(tmp_path, text))
+    assert outcome.verdict is Verdict.BROKEN
+    assert 1 < outcome.coverage.runs < outcome.coverage.checks
+
+
 def test_a_repair_that_destroys_is_found_and_replays(traces, tmp_path, planted):
     """Control: a program that is content and leaves a header of zeros."""
     command = script(tmp_path, "subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0 0 512', image], check=True)")

@@ -21,12 +21,13 @@ import subprocess
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from powercut.capture.nbd import Recorder
 from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.explore import Report, Unjudged
+from powercut.crash.memory import Memory, Steps
 from powercut.crash.model import epochs
 from powercut.crash.recovery import Overlay, RecoveredDisk
 from powercut.errors import EnvironmentFault, InputError
@@ -52,10 +53,10 @@ class JudgeDisk(Protocol):
 class _Export(Recorder):
     """What the program gets: the disk with its own writes over it."""
 
-    def __init__(self, disk: Disk, writer: TraceWriter, file: int) -> None:
+    def __init__(self, overlay: Overlay, writer: TraceWriter, file: int) -> None:
         super().__init__(writer, file)
-        self.size = disk.size
-        self._overlay = Overlay(disk)
+        self.size = overlay.size
+        self._overlay = overlay
 
     def read(self, offset: int, length: int) -> Data:
         return self._overlay.read(offset, length)
@@ -73,10 +74,19 @@ class _Export(Recorder):
         """Nothing: what counts is the trace."""
 
 
+class _Run(NamedTuple):
+    """What came of one run: whether the program is content, what it said, and the trace of what it wrote, if it did."""
+
+    content: bool
+    said: str
+    written: Trace | None
+
+
 class External:
     """Judges by running `command`; in it, {} stands for the image, which else comes last. Crashes inside what it
-    writes are explored `depth` levels deep. `own` judges
-    what the program left; None: nobody does. Raises InputError for no command, EnvironmentFault for a missing one."""
+    writes are explored `depth` levels deep. `own` judges what the program left; None: nobody does. `runs` counts: given
+    what it was given before, it need not run again. Raises InputError for no command, EnvironmentFault for a missing
+    one."""
 
     def __init__(self, command: str, depth: int, own: JudgeDisk | None = None) -> None:
         try:
@@ -91,6 +101,8 @@ class External:
             self._words.append("{}")
         self._depth = depth
         self._own = own
+        self._memory: Memory[_Run] = Memory()
+        self.runs = 0
         kind = (Path(self._words[0]).name, self._words[1])
         self._broken = _BROKEN.get(kind, (1,))
         self._fine = _FINE.get(kind, (0,))
@@ -118,33 +130,46 @@ class External:
         how = f"exit code {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
         raise Unjudged(f"the checker ended with {how}: {said.replace(image, 'the image')}")
 
-    def _check(self, disk: Disk, depth: int, report: Report) -> None:
+    def _run_on(self, disk: Disk) -> _Run:
+        """Run the program on `disk`, or remember what came of it. Raises Unjudged."""
+        known = self._memory.recall(disk)
+        if known is not None:
+            return known
+        self.runs += 1
         with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
             recording, socket = Path(scratch) / "recovery.trace", f"{scratch}/disk.sock"
+            steps = Steps(disk)
             with TraceWriter(recording, {}) as writer:
                 file = writer.file("image", disk.size, "image")
-                with Server(_Export(disk, writer, file), socket):
+                with Server(_Export(steps, writer, file), socket):
                     content, said = self.run(f"nbd+unix:///?socket={socket}")
-            within = _patches(disk)
-            if not content:
-                text = f"{' '.join(self._words[:-1])}: {said.replace(socket, 'the image')}"
-                where = "" if not within else " (after a crash inside the recovery before)"
-                report(Problem("checker", "broken", 0, Severity.CORRUPT, text + where), within)
-                return
-            trace = Trace(recording)
-            written = Contents(trace, trace.files[file])
-            if not len(trace.events) or not written.writes():
-                return
-            level = self._depth - depth + 1
-            if depth > 0:
-                for position in epochs(trace, file):
-                    written.advance(position)
-                    crashed = RecoveredDisk(disk, written, level)
-                    crashed.explore(lambda crashed=crashed: self._check(crashed, depth - 1, report))  # type: ignore[misc]
-            written.advance(trace.length)
-            written.settle_rest()
-            repaired = RecoveredDisk(disk, written, level)
-            repaired.explore(lambda: self._judge_repaired(repaired, report))
+            trace = Trace(recording)  # stays mapped when the file is gone
+            wrote = len(trace.events) and Contents(trace, trace.files[file]).writes()
+        done = _Run(content, said.replace(socket, "the image"), trace if wrote else None)
+        self._memory.keep(steps, done)
+        return done
+
+    def _check(self, disk: Disk, depth: int, report: Report) -> None:
+        done = self._run_on(disk)
+        within = _patches(disk)
+        if not done.content:
+            text = f"{' '.join(self._words[:-1])}: {done.said}"
+            where = "" if not within else " (after a crash inside the recovery before)"
+            report(Problem("checker", "broken", 0, Severity.CORRUPT, text + where), within)
+            return
+        if done.written is None:
+            return
+        written = Contents(done.written, done.written.files[0])
+        level = self._depth - depth + 1
+        if depth > 0:
+            for position in epochs(done.written, 0):
+                written.advance(position)
+                crashed = RecoveredDisk(disk, written, level)
+                crashed.explore(lambda crashed=crashed: self._check(crashed, depth - 1, report))  # type: ignore[misc]
+        written.advance(done.written.length)
+        written.settle_rest()
+        repaired = RecoveredDisk(disk, written, level)
+        repaired.explore(lambda: self._judge_repaired(repaired, report))
 
     def _judge_repaired(self, disk: RecoveredDisk, report: Report) -> None:
         if self._own is None:

@@ -38,6 +38,7 @@ class Coverage:
     undecided_atoms: int = 0
     log2_states: float = 0.0
     checks: int = 0
+    runs: int = 0  # of a program as the checker: what is given the same bytes is not run again
     exhausted: bool = False
     faults: dict[str, Struck] = field(default_factory=dict)
     sampled: Sampled | None = None
@@ -184,6 +185,7 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
         undecided_atoms=sum(result.undecided_atoms for result in results),
         log2_states=sum(result.log2_states for result in results),
         checks=sum(result.checks for result in results),
+        runs=sum(result.runs for result in results),
         exhausted=all(result.exhausted for result in results),
     )
     coverage.sampled = _sampled(plan, results)

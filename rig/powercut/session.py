@@ -81,7 +81,10 @@ class Session:
                     ]
                     yield result
             return
+        before = 0
         for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets, seed=self.plan.seed):
+            if self._external is not None:
+                result.runs, before = self._external.runs - before, self._external.runs
             yield result
             if result.index % _RELEASE == 0:
                 self.trace.release()

@@ -64,12 +64,14 @@ class EpochResult:
     log2_states: float = 0.0
     found: list[Found] = field(default_factory=list)
     unknown: str | None = None  # why nothing certain can be said, if so
+    runs: int = 0  # of a program that judged
     events: int = 0  # in flight, where states were sampled
     sampled: Counter[str] = field(default_factory=Counter)  # states looked at, by the way they were chosen
 
     def add(self, sample: EpochResult) -> None:
         """Count a sample of the same epoch in."""
         self.checks += sample.checks
+        self.runs += sample.runs
         self.events, self.sampled = sample.events, sample.sampled
         known = {found.problem.key for found in self.found}
         self.found += [found for found in sample.found if found.problem.key not in known]

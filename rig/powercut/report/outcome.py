@@ -80,6 +80,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
             "undecided_atoms": coverage.undecided_atoms,
             "log2_states": round(coverage.log2_states, 1),
             "checks": coverage.checks,
+            "runs": coverage.runs if outcome.plan.checker else None,
             "exhausted": coverage.exhausted,
             "sampled": _sampled(coverage.sampled),
             "faults": {
@@ -135,7 +136,8 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: {plan.format}, atoms of {plan.atom} bytes"]
     lines.append(f"  covered  {covered(outcome.coverage)}, {seconds:.1f} s")
     if plan.checker:
-        lines.append(f"  checker  {plan.checker}, crashes inside what it writes {plan.recovery_depth} deep")
+        runs = count(outcome.coverage.runs, "time")
+        lines.append(f"  checker  {plan.checker}, run {runs}, crashes inside what it writes {plan.recovery_depth} deep")
     else:
         lines.append(f"  rules    {', '.join(plan.rules)}")
     if outcome.coverage.sampled is not None:
