@@ -4,6 +4,8 @@
       InputError            a file or an argument given by the user is not what it should be (exit code 2)
       EnvironmentFault      something this machine should have is missing or fails (exit code 2)
       Nondeterministic      a check read something else when it was repeated (verdict UNKNOWN)
+      Unanswered            a guest, or QEMU, gave no answer in time (verdict UNKNOWN)
+      Crashed               the program under test was ended by a signal (a finding, verdict BROKEN)
 
 The message shows the file, the offset and the offending value, and claims only what was seen.
 """
@@ -23,3 +25,11 @@ class EnvironmentFault(PowercutError):
 
 class Nondeterministic(PowercutError):
     """A check did not repeat itself: what it read differs from an earlier run with the same answers."""
+
+
+class Unanswered(PowercutError):
+    """A guest, or QEMU, gave no answer in time."""
+
+
+class Crashed(PowercutError):
+    """The program under test was ended by a signal."""

@@ -6,7 +6,6 @@ replayed and compared with what the program left behind: a capture that missed s
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
@@ -20,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from powercut import __version__
+from powercut import __version__, compiled
 from powercut.capture import recorded
 from powercut.capture.filetree import Node, Tree
 from powercut.capture.replayed import compare
@@ -49,27 +48,8 @@ class Captured:
 
 def build() -> Path:
     """The recorder, compiled if it is not yet. Raises EnvironmentFault."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise EnvironmentFault("cc was not found, and the recorder is built with it: install gcc, or run `make setup`")
     folder = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
-    digest = hashlib.sha256(version + " ".join(FLAGS).encode())
-    for name in SOURCES:
-        digest.update((folder / name).read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "powercut"
-    library = cache / f"recorder-{digest.hexdigest()[:20]}.so"
-    if not library.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = cache / f"{library.name}.{os.getpid()}"
-            command = [compiler, *FLAGS, "-o", str(partial), str(folder / SOURCES[0]), "-ldl", "-pthread"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                raise EnvironmentFault(f"the recorder does not compile here: {done.stderr.strip().splitlines()[:1]}")
-            partial.replace(library)
-        except OSError as error:
-            raise EnvironmentFault(f"{cache}: the recorder cannot be kept there: {error.strerror}") from None
+    library = compiled.build("recorder", ".so", [folder / name for name in SOURCES], FLAGS, ("-ldl", "-pthread"))
     if {" ", ":"} & set(str(library)):
         raise EnvironmentFault(f"{library}: LD_PRELOAD takes no path with a space or a colon: set XDG_CACHE_HOME")
     return library

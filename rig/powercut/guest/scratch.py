@@ -1,0 +1,69 @@
+"""Folders for running guests, which are gone afterwards however the run ended.
+
+Each holds a file `lock` that its owner keeps locked as long as it lives. The next run of the rig finds the folders
+whose owner is gone (it was killed), ends the processes whose command line names them, and removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = "powercut-guest-"
+_YOUNG = 60.0  # seconds that a folder may go without a lock: it is just being made
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A new folder, removed when the context is left. What runs that were killed left behind goes first."""
+    sweep()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep() -> list[Path]:
+    """Remove every folder whose owner is gone, with the processes that belong to it. Returns those folders."""
+    gone = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if folder.stat().st_uid == os.geteuid() and _is_abandoned(folder):
+                _end_processes(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                gone.append(folder)
+    return gone
+
+
+def _is_abandoned(folder: Path) -> bool:
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return time.time() - folder.stat().st_mtime > _YOUNG
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+
+
+def _end_processes(folder: Path) -> None:
+    needle = os.fsencode(f"{folder}/")
+    for process in os.listdir("/proc"):
+        if process.isdigit() and int(process) != os.getpid():
+            with suppress(OSError):
+                if needle in Path(f"/proc/{process}/cmdline").read_bytes():
+                    os.kill(int(process), signal.SIGKILL)

@@ -1,0 +1,124 @@
+"""Real guests: each device and each start, and nothing left behind however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powercut import stamp
+from powercut.errors import Crashed, EnvironmentFault, InputError, Unanswered
+from powercut.guest import accelerator, start
+from powercut.guest.agent import Gone
+from powercut.guest.hardware import Disk
+from powercut.guest.machine import Machine
+from powercut.guest.scratch import scratch, sweep
+from support.guests import SIZE, disk, hardware
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.mark.parametrize(
+    ("device", "way"),
+    [("virtio-blk", "restore"), ("virtio-scsi", "restore"), ("ide", "restore"), ("nvme", "restore"), ("ide", "boot")],
+)
+def test_what_a_guest_wrote_is_in_the_image(device: str, way: str) -> None:
+    with scratch() as folder:
+        one = disk(folder, device=device)
+        with start.STARTS[way](hardware(), [one], folder) as machine:
+            for number in range(1, 33):
+                machine.agent.write(number, 0, number << 16, 4096, number, 5)
+            machine.agent.flush(33, 0)
+            answers = [machine.agent.wait() for _ in range(33)]
+            assert sorted(answer.tag for answer in answers) == list(range(1, 34))
+            assert not any(answer.error for answer in answers)
+            machine.ask("quit")
+            assert machine.wait_end() == 0
+            with pytest.raises(Gone):
+                machine.agent.hello()
+        raw = folder / "raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", folder / "image.qcow2", raw], check=True, timeout=60)
+        content = np.fromfile(raw, dtype=np.uint8).reshape(-1, 512)
+        for number in range(1, 33):
+            first = (number << 16) // 512
+            assert content[first : first + 8].tobytes() == stamp.make(number, 5, first, 8)
+        assert not content[: (1 << 16) // 512].any()
+
+
+def test_a_guest_that_stands_still_is_told_within_the_deadline() -> None:
+    with scratch() as folder, start.restore(hardware(), [disk(folder)], folder) as machine:
+        machine.ask("stop")
+        with pytest.raises(Unanswered, match=r"no answer for 0\.3 s"):
+            machine.agent.hello(0.3)
+        with pytest.raises(Unanswered, match="no event SHUTDOWN"):
+            machine.wait_event("SHUTDOWN", 0.1)
+        with pytest.raises(EnvironmentFault, match="QEMU: device_del: Device 'nothing' not found"):
+            machine.ask("device_del", id="nothing")
+
+
+def test_a_crash_of_qemu_is_told_apart_from_an_end() -> None:
+    with scratch() as folder, start.restore(hardware(), [disk(folder)], folder) as machine:
+        machine.send(signal.SIGSEGV)
+        with pytest.raises(Crashed, match="SIGSEGV"):
+            machine.ask("query-status")
+
+
+def test_a_start_that_fails_says_what_qemu_said() -> None:
+    with scratch() as folder:
+        missing = Disk({"driver": "qcow2", "file": {"driver": "file", "filename": "/nonexistent/image"}}, SIZE)
+        for way in start.STARTS.values():
+            with pytest.raises(EnvironmentFault, match="/nonexistent/image"):
+                way(hardware(), [missing], folder)
+        with pytest.raises(EnvironmentFault, match="no-such-accelerator"):
+            Machine(["qemu-system-x86_64", "-accel", "no-such-accelerator"], folder, with_agent=False)
+    with pytest.raises(InputError, match="floppy"):
+        Disk({}, 512, "floppy")
+
+
+def test_a_rig_that_is_killed_leaves_nothing_for_long() -> None:
+    hardware()
+    program = (
+        "import sys, time; from support.guests import *; from powercut.guest import start; from powercut.guest.scratch "
+        "import scratch\nwith scratch() as f, start.restore(hardware(), [disk(f)], f) as m:\n"
+        "    print(m.pid, f, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as rig:
+        assert rig.stdout is not None
+        pid, folder = rig.stdout.readline().split()
+        assert Path(folder).is_dir()
+        assert Path(folder) not in sweep(), "its owner lives"
+        rig.kill()
+    deadline = time.monotonic() + 10
+    while _lives(int(pid)) and time.monotonic() < deadline:
+        sweep()
+        time.sleep(0.01)
+    sweep()
+    assert not _lives(int(pid))
+    assert not Path(folder).exists()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_accelerator_that_hangs_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = hardware()
+    assert machine.kernel is not None
+    monkeypatch.setattr(accelerator, "_PATIENCE", 0.01)  # no guest is as fast as that
+    monkeypatch.setattr(accelerator, "_kept", lambda qemu: tmp_path / "answer.json")
+    monkeypatch.setattr(accelerator, "DEVICE", "/dev/null")  # a device that opens
+    found = accelerator.choose(machine.qemu, machine.kernel)
+    assert found.name == "tcg"
+    assert "of no use" in found.why
+    assert accelerator.known(machine.qemu) == found, "the answer is kept"
