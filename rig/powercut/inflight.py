@@ -3,18 +3,17 @@
 A case is a start, a short history of guest operations, and the host requests that are held. Each operation is issued
 and waited for, until it is answered or nothing moves because the driver waits for what is held; let go; drain; flush;
 read everything; close; open again, read everything, check. What a guest read, and what the disk holds, must be what
-the operations make it; of operations that overlapped in time either order is legal. The guest issues no change that
-overlaps a change in flight.
+the operations make it; of operations that overlapped in time either order is legal. A guest issues no change that
+overlaps a change in flight, as no file system does, unless the plan says so. The host's snapshots are in the history
+too: each must hold what a read of the whole disk might have returned while it was made.
 """
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,10 +25,11 @@ from powercut.capture.holding import Arrival, Choice, Gate, HoldingExport, Label
 from powercut.disk import Bytes, Variants
 from powercut.errors import EnvironmentFault, InputError
 from powercut.formats.qcow2.check import check
-from powercut.guest.control import COMMANDS, Control, Driver, Guest, Hang, Issued, Operation
+from powercut.guest.control import COMMANDS, SNAPSHOT, Control, Driver, Guest, Hang, Issued, Operation
 from powercut.guest.daemon import create_image, tool
+from powercut.oracles.overlapping import Fault, Judge
 from powercut.scenario import parse_size
-from powercut.stamp import GARBAGE, SECTOR, ZERO
+from powercut.stamp import SECTOR, ZERO
 from quire.nbd import Server
 
 STARTS: Final = {  # what the image is before the history; "warm": written, and the driver's caches are filled
@@ -37,13 +37,15 @@ STARTS: Final = {  # what the image is before the history; "warm": written, and 
     "raw": ("fresh", "written"),
 }
 _STOCKED: Final = ("warm", "snapshot")  # starts where the guest has something allocated to read meanwhile
-KINDS: Final = ("zero", "discard")
+KINDS: Final = {"qcow2": ("zero", "discard", "snapshot"), "raw": ("zero", "discard")}
+_OLD: Final = "s"  # the snapshot that the start of that name has
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. `extra`: kinds of operations besides write, flush and read. `lie`: a control."""
+    """What to run. `extra`: kinds of operations besides write, flush and read. `lie`: a control. `overlap`: the guest
+    may change what it is changing already."""
 
     format: str
     options: tuple[tuple[str, str], ...] = ()
@@ -53,6 +55,7 @@ class Plan:
     holds: int = 1
     seed: int = 7
     lie: str | None = None
+    overlap: bool = False
 
     @property
     def cluster(self) -> int:
@@ -97,13 +100,6 @@ class Case(NamedTuple):
         return Case(self.start, self.history[: operation - 1] + self.history[operation:], holds)
 
 
-class Fault(NamedTuple):
-    """What was wrong. `kind` is a word for the machine, `text` a sentence."""
-
-    kind: str
-    text: str
-
-
 @dataclass(slots=True)
 class Ran:
     """What one run of a case showed."""
@@ -120,11 +116,17 @@ class Ran:
 def parse(text: str) -> Operation:
     """An operation from the words that it prints as. Raises InputError."""
     kind, *words = text.split() or [""]
+    if kind == "snapshot" and len(words) == 2 and words[0] in SNAPSHOT:
+        return Operation(words[0], name=words[1])
     if kind == "zero" and words[-1:] == ["unmap"]:
         kind, words = "unmap", words[:-1]
     if kind not in COMMANDS or len(words) != (0 if kind == "flush" else 2):
-        raise InputError(f"{text!r} is not one of: write|zero|discard|read OFFSET LENGTH, zero ... unmap, flush")
-    return Operation(kind, *map(parse_size, words))
+        raise InputError(
+            f"{text!r} is not one of: write|zero|discard|read OFFSET LENGTH, zero ... unmap, flush, snapshot "
+            "create|delete NAME"
+        )
+    offset, length = map(parse_size, words) if words else (0, 0)
+    return Operation(kind, offset, length)
 
 
 def alphabet(plan: Plan) -> list[Operation]:
@@ -137,7 +139,22 @@ def alphabet(plan: Plan) -> list[Operation]:
         operations += [Operation("unmap", *where) for where in (whole, across)]
     if "discard" in plan.extra:
         operations += [Operation("discard", *where) for where in (whole, (a, 2 * size))]
+    if "snapshot" in plan.extra:
+        operations += [Operation("create", name="x"), Operation("delete", name="x"), Operation("delete", name=_OLD)]
     return [*operations, Operation("flush"), Operation("read", a, 3 * size)]
+
+
+def possible(case: Case) -> bool:
+    """Whether each snapshot is made once before it is deleted."""
+    there = {_OLD} if case.start == "snapshot" else set()
+    for operation in case.history:
+        if operation.kind in SNAPSHOT and (operation.name in there) == (operation.kind == "create"):
+            return False
+        if operation.kind == "create":
+            there.add(operation.name)
+        elif operation.kind == "delete":
+            there.remove(operation.name)
+    return True
 
 
 class _Memory:
@@ -155,66 +172,12 @@ class _Memory:
         return Variants(self.read(offset, length))
 
 
-class Judge:
-    """What the sectors of a guest's disk may hold, from what the guest itself knows."""
+class _Closed(NamedTuple):
+    """What QEMU reads from an image that was closed, on the disk and in its snapshots; what the check says."""
 
-    def __init__(self, plan: Plan, start: str, log: list[Issued]) -> None:
-        self._plan, self._start, self._log = plan, start, log
-        ends = {plan.base, plan.base + 2 * plan.cluster, plan.spare}
-        for entry in log:
-            ends |= {entry.operation.offset, entry.operation.offset + entry.operation.length}
-        self._ends = sorted(ends)
-
-    def legal(self, offset: int, issued: int, completed: int) -> set[int]:
-        """The operations whose data a read from `issued` to `completed` may return at `offset`; ZERO: zeros.
-
-        Changes of one sector are never in flight together, so they took place in the order of issue."""
-        values = {self._plan.initial(self._start, offset)}
-        for number, (kind, begin, length), at, done in (
-            (entry.number, entry.operation, entry.issued, entry.completed) for entry in self._log
-        ):
-            if kind in ("read", "flush") or not begin <= offset < begin + length or at > completed:
-                continue
-            if kind == "discard" or done is None or done > issued:  # a discard is a hint, and takes nothing away
-                values = values | {number if kind == "write" else ZERO}
-            else:
-                values = {number if kind == "write" else ZERO}
-        return values
-
-    def fault(self, where: str, offset: int, data: Any, issued: int, completed: int) -> Fault | None:
-        """The first sector of `data`, read at `offset`, that holds what it may not."""
-        end = offset + len(data)
-        view = memoryview(data)
-        marks = [offset, *(mark for mark in self._ends if offset < mark < end), end]
-        for low, high in itertools.pairwise(marks):
-            legal = self.legal(low, issued, completed)
-            piece = view[low - offset : high - offset]
-            if any(piece == _content(value, self._plan.size)[low:high] for value in legal):
-                continue
-            stamps = stamp.decode(np.frombuffer(piece, dtype=np.uint8).reshape(-1, SECTOR))
-            at = np.arange(low // SECTOR, high // SECTOR)
-            good = np.isin(stamps.op, list(legal)) & ((stamps.op < 0) | (stamps.sector == at))
-            for bad in np.flatnonzero(~good)[:1].tolist():
-                op, sector = int(stamps.op[bad]), int(stamps.sector[bad])
-                kind = "garbage" if op == GARBAGE else "zeros" if op == ZERO else "stale"
-                kind, found = ("foreign" if op >= 0 and sector != at[bad] else kind), self._word(op)
-                if kind == "foreign":
-                    found += f" for sector {sector}"
-                wanted = " or ".join(sorted(map(self._word, legal)))
-                return Fault(f"{where}-{kind}", f"{where}: guest sector {at[bad]} holds {found}; legal: {wanted}")
-        return None
-
-    def _word(self, op: int) -> str:
-        words = {ZERO: "zeros", GARBAGE: "garbage", 0: "what was there before"}
-        if op not in words and op > len(self._log):
-            return f"data of operation {op}, which was not issued,"
-        return words.get(op) or f"data of operation {op} ({self._log[op - 1].operation})"
-
-
-@lru_cache(maxsize=128)
-def _content(op: int, size: int) -> memoryview:
-    """A whole disk as operation `op` would write it."""
-    return memoryview(bytes(size) if op == ZERO else stamp.make(op, 0, 0, size // SECTOR))
+    content: bytes
+    snapshots: dict[str, bytes]
+    fault: Fault | None
 
 
 class Rig:
@@ -233,7 +196,7 @@ class Rig:
             self._stack.enter_context(Server(export, self._scratch / name))
         self._control: Control | None = None
         self._starts: dict[str, bytes] = {}
-        self._read: dict[bytes, tuple[bytes, Fault | None]] = {}  # by digest: what QEMU reads, what the check says
+        self._read: dict[bytes, _Closed] = {}  # by digest of the image
         self._case: Any = None
 
     def __enter__(self) -> Rig:
@@ -285,7 +248,7 @@ class Rig:
                 self._daemon().shut(guest)
             if start == "snapshot":
                 path.write_bytes(self._image.data)
-                subprocess.run([tool("qemu-img"), "snapshot", "-c", "s", str(path)], check=True, timeout=60)
+                subprocess.run([tool("qemu-img"), "snapshot", "-c", _OLD, str(path)], check=True, timeout=60)
                 self._image.load(path.read_bytes())
             self._starts[start] = bytes(self._image.data)
         return self._starts[start]
@@ -325,17 +288,19 @@ class Rig:
         """Issue the history, then let everything go and wait for all answers."""
         gate = self._gate
         crossing: list[Issued] = []
+        # a snapshot waits until nothing of the guest's is in flight: reads in stock would be waited for
+        stocked = case.start in _STOCKED and not any(operation.kind in SNAPSHOT for operation in case.history)
         for number, operation in enumerate(case.history, 1):
             gate.release(number)
-            if driver.conflicts(operation):
+            if self._waits(driver, operation):
                 held = [at.label.operation for at in gate.arrivals if at.until is not None]
                 ran.pointless = len(held) == wanted and set(held) == {number - 1}
                 gate.release()
-                while driver.conflicts(operation):
+                while self._waits(driver, operation):
                     driver.wait()
                 if ran.pointless:
                     break
-            if gate.holding and case.start in _STOCKED:
+            if gate.holding and stocked:
                 driver.stock(self.plan.spare)
             gate.issuing(number)
             crosses = gate.holding
@@ -352,6 +317,10 @@ class Rig:
         ran.arrivals = gate.arrivals
         ran.held = sum(at.until is not None for at in gate.arrivals)
 
+    def _waits(self, driver: Driver, operation: Operation) -> bool:
+        """Whether the operation is not issued while something is in flight."""
+        return (operation.kind in SNAPSHOT or not self.plan.overlap) and driver.conflicts(operation)
+
     def _finish(self, case: Case, driver: Driver, guest: Any, ran: Ran) -> None:
         """Close in an orderly way and judge."""
         if ran.pointless:
@@ -360,34 +329,53 @@ class Rig:
         guest.flush()
         live = guest.read(0, self.plan.size)
         self._daemon().shut(guest)
-        judge = Judge(self.plan, case.start, driver.log)
+        plan, log = self.plan, driver.log
+        ends = (plan.base, plan.base + 2 * plan.cluster, plan.spare)
+        judge = Judge(plan.size, lambda offset: plan.initial(case.start, offset), ends, log)
         found: list[Fault | None] = []
-        for entry in driver.log:
+        made = {_OLD: (0, 0)} if case.start == "snapshot" else {}
+        for entry in log:
+            operation, done = entry.operation, entry.completed
             if entry.error:
-                text = f"operation {entry.number} ({entry.operation}) failed with errno {entry.error}"
+                text = f"operation {entry.number} ({operation}) failed with errno {entry.error}"
                 found.append(Fault("error", text))
-            elif entry.operation.kind == "read":
+                continue
+            assert done is not None
+            if operation.kind == "read":
                 ran.reads += 1
-                assert entry.completed is not None
-                where = f"read {entry.number}"
-                fault = judge.fault("read", entry.operation.offset, entry.data, entry.issued, entry.completed)
-                found.append(fault and Fault(fault.kind, fault.text.replace("read", where, 1)))
+                found.append(judge.fault(f"read {entry.number}", operation.offset, entry.data, entry.issued, done))
+            elif operation.kind == "create":
+                made[operation.name] = entry.issued, done
+            elif operation.kind == "delete":
+                del made[operation.name]
         now = driver.clock + 1
         found.append(judge.fault("disk", 0, live, now, now))
-        content, checked = self._reopened(case.start)
-        found += [judge.fault("reopened", 0, content, now, now), checked]
-        ran.faults += [fault for fault in found if fault]
+        closed = self._reopened(case.start, list(made))
+        found.append(judge.fault("reopened", 0, closed.content, now, now))
+        found += [judge.fault(f"snapshot {name}", 0, closed.snapshots[name], *when) for name, when in made.items()]
+        ran.faults += [fault for fault in (*found, closed.fault) if fault]
 
-    def _reopened(self, start: str) -> tuple[bytes, Fault | None]:
-        """What QEMU reads from the image as it is now, and what the checker says; asked once for equal images."""
+    def _reopened(self, start: str, snapshots: list[str]) -> _Closed:
+        """The image as it is now; asked once for equal images."""
         data = bytes(self._image.data)
         digest = xxhash.xxh3_128_digest(data)
         if digest not in self._read:
             guest = self._daemon().open(self._node(start), writable=False)
             content = bytes(guest.read(0, self.plan.size))
             self._daemon().shut(guest)
-            self._read[digest] = content, self._check(data)
+            then = {name: self._snapshot(data, name) for name in snapshots}
+            self._read[digest] = _Closed(content, then, self._check(data))
         return self._read[digest]
+
+    def _snapshot(self, data: bytes, name: str) -> bytes:
+        """What a snapshot holds. Raises EnvironmentFault if QEMU cannot tell."""
+        image, out = self._scratch / "closed", self._scratch / "snapshot"
+        image.write_bytes(data)
+        command = [tool("qemu-img"), "convert", "-f", self.plan.format, "-O", "raw", "-l", name, str(image), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        if done.returncode:
+            raise EnvironmentFault(f"qemu-img convert -l {name}: {done.stderr.strip()}")
+        return out.read_bytes()
 
     def _check(self, data: bytes) -> Fault | None:
         if self.plan.format != "qcow2":

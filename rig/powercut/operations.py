@@ -97,6 +97,8 @@ class _Reader:
             size = parse_size(words[0])
             if size % SECTOR or not size:
                 raise InputError(f"history: {line!r}: not a positive multiple of {SECTOR} bytes")
+            if self._old and self._backed and size > self._size:
+                raise InputError(f"history: {line!r}: QEMU does not enlarge an image of version 2 on a backing file")
             if self._old and self._snapshots:
                 raise InputError(f"history: {line!r}: QEMU does not resize an image of version 2 that has snapshots")
             self._size = size

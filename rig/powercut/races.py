@@ -24,7 +24,7 @@ from powercut.capture.holding import LIES, Label
 from powercut.errors import InputError
 from powercut.guest.control import Operation
 from powercut.guest.daemon import version
-from powercut.inflight import KINDS, STARTS, Case, Plan, Ran, Rig, alphabet, parse
+from powercut.inflight import KINDS, STARTS, Case, Plan, Ran, Rig, alphabet, parse, possible
 from powercut.report.races import Bundle, Hold, Outcome, load
 from powercut.verdict import Verdict
 
@@ -53,11 +53,10 @@ class Tally:
 
 
 def histories(plan: Plan) -> Iterator[Case]:
-    """All histories up to the plan's length from each start, the shortest first."""
+    """All histories up to the plan's length from each start that can be run, the shortest first."""
     for length in range(1, plan.length + 1):
         for history in itertools.product(alphabet(plan), repeat=length):
-            for start in plan.starts:
-                yield Case(start, history)
+            yield from filter(possible, (Case(start, history) for start in plan.starts))
 
 
 def draw(plan: Plan, number: int) -> Case:
@@ -67,9 +66,14 @@ def draw(plan: Plan, number: int) -> Case:
     high = plan.spare if plan.format == "qcow2" else plan.size  # the spare cluster keeps what it was given
     kinds = ["write"] * 4 + ["read"] * 2 + ["flush"]
     kinds += ["zero", "unmap"] * ("zero" in plan.extra) + ["discard"] * 2 * ("discard" in plan.extra)
-    operations = []
+    kinds += ["snapshot"] * ("snapshot" in plan.extra)
+    operations, there = [], False
     for _ in range(_LONG):
         kind = rnd.choice(kinds)
+        if kind == "snapshot":
+            operations.append(Operation("delete" if there else "create", name="x"))
+            there = not there
+            continue
         length = rnd.choice((unit, plan.cluster // 2, plan.cluster, plan.cluster, 2 * plan.cluster))
         grain = rnd.choice((unit, plan.cluster))
         offset = low + rnd.randrange((high - low) // grain) * grain
@@ -159,7 +163,7 @@ class Search:
                 smaller = case
                 for number in range(last, max(0, last - size), -1):
                     smaller = smaller.without(number)
-                if smaller.history and self._fails(smaller, kind):
+                if smaller.history and possible(smaller) and self._fails(smaller, kind):
                     case = smaller
             for hold in case.holds if len(case.holds) > 1 or size == 1 else ():
                 fewer = case._replace(holds=tuple(other for other in case.holds if other != hold))
@@ -235,7 +239,7 @@ def run(
     """Run all that `plan` names and `samples` random cases, for `limit` seconds at most. Raises EnvironmentFault."""
     plan = checked(plan)
     begin = time.monotonic()
-    of = sum(len(plan.starts) * len(alphabet(plan)) ** length for length in range(1, plan.length + 1)) + samples
+    of = sum(1 for _ in histories(plan)) + samples
     tally, chunks, pending, stopped = Tally(), _chunks(plan, samples), set[Future[Tally]](), False
     with Rig(plan) as rig:  # what is missing here is missing everywhere: say so before processes start
         rig.run(Case(plan.starts[0], ()))
@@ -295,7 +299,7 @@ def checked(plan: Plan) -> Plan:
     if plan.format not in STARTS:
         raise InputError(f"format {plan.format!r} is not one of {', '.join(STARTS)}")
     for given, known, what in (
-        (plan.extra, KINDS, "kind"),
+        (plan.extra, KINDS[plan.format], "kind"),
         (plan.starts, STARTS[plan.format], "start"),
         ((plan.lie,) if plan.lie else (), LIES, "lie"),
     ):
@@ -306,7 +310,7 @@ def checked(plan: Plan) -> Plan:
         raise InputError(f"cluster_size={plan.cluster}: only clusters of 512 bytes to 64k are raced")
     return Plan(
         plan.format, plan.options, plan.extra, plan.starts or STARTS[plan.format], plan.length, plan.holds, plan.seed,
-        plan.lie,
+        plan.lie, plan.overlap,
     )  # fmt: skip
 
 

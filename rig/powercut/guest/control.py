@@ -27,7 +27,12 @@ _HANG = 10.0  # seconds without any answer while nothing is held
 _STEP = 0.0003  # how long a guest looks for an answer before it asks whether anything moves
 _ROUNDS = 3  # times the daemon must have gone around its loop with nothing moving
 _STOCK = 6  # reads in flight that a server may keep
+_STILL = 0.004  # seconds without a move, where a command in progress keeps the daemon from answering another
 _BUSY = ("is in use", "Permission conflict")  # while a connection that was closed is not gone yet
+SNAPSHOT: Final = {  # what a host does to the disk while its guest goes on
+    "create": "blockdev-snapshot-internal-sync",
+    "delete": "blockdev-snapshot-delete-internal-sync",
+}
 COMMANDS: Final = {
     "write": Command.WRITE,
     "zero": Command.WRITE_ZEROES,
@@ -76,39 +81,59 @@ class Control:
             command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said
         )
         its.close()
-        mine.settimeout(_PATIENCE)
-        self._socket, self._lines = mine, mine.makefile("rb")
+        self._socket, self._received = mine, b""
         try:
-            self._line()
+            if self._line() is None:
+                raise EnvironmentFault(f"qemu-storage-daemon said nothing for {_PATIENCE:.0f} s")
             self.ask("qmp_capabilities")
         except EnvironmentFault:
             self.close()
             raise
 
-    def _line(self) -> dict[str, Any]:
+    def _line(self, patience: float = _PATIENCE) -> dict[str, Any] | None:
+        """The next line, None if none comes within `patience` seconds."""
         try:
-            line = self._lines.readline()
-            if line:
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-            why = "it ended"
+            while b"\n" not in self._received:
+                if not select.select([self._socket], [], [], patience)[0]:
+                    return None
+                part = self._socket.recv(1 << 16)
+                if not part:
+                    raise ValueError("it ended")
+                self._received += part
+            line, _, self._received = self._received.partition(b"\n")
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         except (OSError, ValueError) as error:
-            why = str(error)
-        self._said.seek(0)
-        raise EnvironmentFault(f"qemu-storage-daemon was lost: {why} {self._said.read().decode(errors='replace')}")
+            self._said.seek(0)
+            said = self._said.read().decode(errors="replace")
+            raise EnvironmentFault(f"qemu-storage-daemon was lost: {error} {said}") from None
 
-    def ask(self, command: str, **arguments: Any) -> Any:
-        """Execute a command; underscores in the names of arguments stand for hyphens."""
+    def begin(self, command: str, **arguments: Any) -> None:
+        """Have a command executed; underscores in the names of arguments stand for hyphens."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             self._socket.sendall(_line(command, named))
         except OSError as error:
             raise EnvironmentFault(f"qemu-storage-daemon was lost: {error}") from None
-        while "event" in (answer := self._line()):
+
+    def answer(self, patience: float = _PATIENCE) -> Any:
+        """What came of the command that was begun, None if that takes more than `patience` seconds."""
+        while (answer := self._line(patience)) and "event" in answer:
             pass
-        if "error" in answer:
-            raise EnvironmentFault(f"qemu-storage-daemon: {command}: {answer['error']['desc']}")
-        return answer["return"]
+        if answer and "error" in answer:
+            raise EnvironmentFault(f"qemu-storage-daemon: {answer['error']['desc']}")
+        return answer and answer["return"]
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Execute a command, and wait for what comes of it."""
+        self.begin(command, **arguments)
+        try:
+            answer = self.answer()
+        except EnvironmentFault as fault:
+            raise EnvironmentFault(str(fault).replace(": ", f": {command}: ", 1)) from None
+        if answer is None:
+            raise EnvironmentFault(f"qemu-storage-daemon: {command}: no answer in {_PATIENCE:.0f} s")
+        return answer
 
     def ping(self) -> None:
         """Return when the daemon went once around its loop."""
@@ -149,27 +174,32 @@ class Control:
         """End the daemon, whatever it is doing."""
         self._process.kill()
         self._process.wait()
-        self._lines.close()
         self._socket.close()
         self._said.close()
         self._directory.cleanup()
 
 
 class Operation(NamedTuple):
-    """What a guest asks. `kind`: write, zero, unmap (a zero that may deallocate), discard, read, flush."""
+    """What a guest asks. `kind`: write, zero, unmap (a zero that may deallocate), discard, read, flush; or what its
+    host does to the snapshot `name`: create, delete."""
 
     kind: str
     offset: int = 0
     length: int = 0
+    name: str = ""
 
     def __str__(self) -> str:
         if self.kind == "flush":
             return "flush"
+        if self.kind in SNAPSHOT:
+            return f"snapshot {self.kind} {self.name}"
         where = " ".join(f"{n >> 10}k" if n and n % 1024 == 0 else str(n) for n in (self.offset, self.length))
         return f"zero {where} unmap" if self.kind == "unmap" else f"{self.kind} {where}"
 
     def waits_for(self, other: Operation) -> bool:
-        """Whether a guest does not issue this while `other` is in flight: both change a sector."""
+        """Whether this is not begun while `other` is in flight: both change a sector, or are the host's."""
+        if self.kind in SNAPSHOT or other.kind in SNAPSHOT:
+            return self.kind in SNAPSHOT and other.kind in SNAPSHOT
         met = self.offset < other.offset + other.length and other.offset < self.offset + self.length
         return met and "read" not in (self.kind, other.kind)
 
@@ -213,6 +243,7 @@ class Driver:
         self.log: list[Issued] = []
         self.pending: dict[int, Issued] = {}
         self._stocked = 0
+        self._managed: Issued | None = None  # what the host began and the daemon has not done
 
     def conflicts(self, operation: Operation) -> bool:
         return any(operation.waits_for(other.operation) for other in self.pending.values())
@@ -223,7 +254,11 @@ class Driver:
         issued = Issued(len(self.log) + 1, operation, self.clock)
         self.log.append(issued)
         self.pending[issued.number] = issued
-        kind, offset, length = operation
+        kind, offset, length, name = operation
+        if kind in SNAPSHOT:
+            self._managed = issued
+            self._control.begin(SNAPSHOT[kind], device="disk", name=name)
+            return
         data = stamp.make(issued.number, 0, offset // SECTOR, length // SECTOR) if kind == "write" else b""
         self._guest.submit(COMMANDS[kind], offset, length, data, may_unmap=kind == "unmap", tag=issued.number)
 
@@ -235,6 +270,12 @@ class Driver:
 
     def _take(self) -> bool:
         """Take one answer if it comes soon."""
+        if self._managed is not None and self._control.answer(0) is not None:
+            self.clock += 1
+            self._managed.completed = self.clock
+            del self.pending[self._managed.number]
+            self._managed = None
+            return True
         reply = self._guest.poll(_STEP)
         if reply is None:
             return False
@@ -269,13 +310,20 @@ class Driver:
                 if not quiet:
                     self._server.nudge()
                 if self._server.holding:
-                    self._control.ping()
+                    self._wait_a_turn()
                     quiet += 1
                 else:
                     self._late(deadline)
             else:
                 quiet, moves = 0, self._server.moves
                 self._late(deadline)
+
+    def _wait_a_turn(self) -> None:
+        """Return when the daemon went around its loop, as far as that can be known."""
+        if self._managed is None:
+            self._control.ping()
+        else:
+            time.sleep(_STILL)
 
     def drain(self) -> None:
         """Wait until everything is answered. The server keeps no more, but what was on its way may still get there."""

@@ -4,6 +4,10 @@ Applying a snapshot changes the whole disk at once, resizing its end; neither is
 them as events of the guest's disk all the same: the writes (bearing the old operations' numbers), zeroes and discards
 that would have the same effect, all in flight together. So a crash inside may leave each sector old or new, and a
 later flush makes the new state the only one. The disk's size is a TRUNCATE event, `length` being the new size.
+
+What a disk gains by growing reads as zeros. What it had before, was cut off and comes back may be as it was: QEMU keeps
+the rest of the last cluster, and writes zeros there only over a backing file (`bdrv_co_truncate` without
+BDRV_REQ_ZERO_WRITE promises nothing else).
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class Past:
         self._now = Content(size, np.full(most // SECTOR, ZERO), np.zeros(most // SECTOR, dtype=np.bool_))
         self._now.op[: covered // SECTOR] = 0
         self._covered = covered
+        self._largest = size
         self._snapshots: dict[str, Content] = {}
 
     def done(self, number: int, operation: Operation) -> None:
@@ -77,14 +82,19 @@ class Past:
     def _resized(self, number: int, size: int) -> Iterator[Change]:
         now, old = self._now, self._now.size
         yield Change(Kind.TRUNCATE, 0, size, number)
-        if size > old:
-            yield Change(Kind.ZERO, old, size - old, number)
-        elif size < old:  # what is cut off is given up, and may be anything that it was before it was written
+        fresh = old if self._covered else max(old, self._largest)
+        if size > fresh:
+            yield Change(Kind.ZERO, fresh, size - fresh, number)
+        if size < old:  # what is cut off is given up, and may be anything that it was before it was written
             yield Change(Kind.DISCARD, size, old - size, number)
             if size < self._covered:
                 yield Change(Kind.WRITE, size, min(old, self._covered) - size, 0)
         cut = slice(min(old, size) // SECTOR, None)
-        now.op[cut], now.hint[cut], now.size = ZERO, False, size
+        if self._covered:
+            now.op[cut], now.hint[cut] = ZERO, False
+        elif size < old:
+            now.hint[cut] = True
+        now.size, self._largest = size, max(self._largest, size)
 
     def _applied(self, number: int, then: Content) -> Iterator[Change]:
         if then.size != self._now.size:

@@ -107,7 +107,7 @@ class Qcow2:
         inside = np.zeros(len(host), dtype=np.bool_)
         for first, last in written:
             inside |= (first <= host) & (host < last)
-        return at[inside & (at < self._recording.promise.size // SECTOR)]
+        return at[inside & (at < min(header.size, self._recording.promise.size) // SECTOR)]
 
     def _changed(self, header: Header, entry: U64, bitmap: U64 | None) -> I64:
         """The guest clusters that must be judged, given the first content of the mapping."""
@@ -140,7 +140,9 @@ class Qcow2:
         for begin in range(0, len(guest), step):
             part = slice(begin, begin + step)
             bits = None if bitmap is None else bitmap[part]
-            found += self._suspects_of(*self._sectors(header, guest[part], entry[part], bits))
+            at, host = self._sectors(header, guest[part], entry[part], bits)
+            inside = at < header.size // SECTOR  # what a smaller size cut off is read by nobody
+            found += self._suspects_of(at[inside], host[inside])
         return found
 
     def _suspects_of(self, at: I64, host: I64) -> list[I64]:
