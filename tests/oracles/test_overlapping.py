@@ -77,5 +77,6 @@ def test_each_kind_of_fault_is_told(planted):
     }
     for kind, data in wrong.items():
         fault = judge.fault("disk", 0, data + bytes(4 * SECTOR), 3, 3)
-        planted(f"a guest's sector that holds {kind}", fault is not None and fault.kind == f"disk-{kind}")
-        assert fault is not None and fault.kind == f"disk-{kind}", (kind, fault)
+        told = fault and fault.kind
+        planted(f"a guest's sector that holds {kind}", told == f"disk-{kind}")
+        assert told == f"disk-{kind}", fault
