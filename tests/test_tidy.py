@@ -25,7 +25,7 @@ FLOORS = [
     {"explain"},
     {"operations"},
     {"inflight"},
-    {"run", "record", "races", "histories"},
+    {"run", "record", "modelled", "races", "histories"},
     {"bundle"},
     {"gate", "replay", "inspection", "compare"},
     {"fuzz"},
