@@ -23,7 +23,7 @@ from powercut.trace import SECTOR, Kind, Trace, TraceWriter
 from powercut.verdict import Verdict
 from support.qemu import needs_qemu
 
-COMMANDS = ["doctor", "record", "import", "show", "explore", "replay", "check", "gate"]
+COMMANDS = ["doctor", "record", "import", "show", "explore", "replay", "check", "rescue", "gate"]
 IMPORTED_BY_HELP = "import sys; from click.testing import CliRunner; from powercut.cli import main\n"
 
 

@@ -27,7 +27,7 @@ FLOORS = [
     {"inflight"},
     {"run", "record", "modelled", "races", "histories"},
     {"bundle"},
-    {"gate", "replay", "inspection", "compare"},
+    {"gate", "replay", "inspection", "rescue", "compare"},
     {"fuzz"},
     {"commands"},
     {"cli", "__main__"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from powercut.disk import ImageDisk
 from powercut.errors import InputError
 from powercut.formats.qcow2.check import Check, check
-from powercut.report.text import count
+from powercut.formats.qcow2.forensics.anatomy import Anatomy, dissect, header_document
+from powercut.formats.qcow2.forensics.first import First, look
+from powercut.report.text import count, progress
 
 SCHEMA = "powercut.check/1"
 _SHOWN = 20  # problems in the text; the JSON document has all that the checker lists
@@ -38,7 +41,32 @@ def inspect(path: str, format: str | None) -> Inspection:
     if not result.is_qcow2 and format is None and Path(path).suffix.lower() != ".qcow2":
         raise InputError(f"{path}: not an image of a known format: begins with {disk.read(0, 16).tobytes()!r}")
     damaged = bool(result.problems or result.corruptions or result.check_errors or result.aborted)
-    return Inspection(int(damaged), _text(path, result), _document(path, result, damaged))
+    remains = _remains(path, disk) if result.header is None else None
+    text = "\n".join([_text(path, result), *([] if remains is None else _remains_text(path, remains))])
+    return Inspection(int(damaged), text, _document(path, result, damaged, remains))
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """An image without a header: what lies there, and what the rest shows (None: nothing)."""
+
+    at_zero: First
+    anatomy: Anatomy | None
+
+
+def _remains(path: str, disk: ImageDisk) -> Remains:
+    with progress("looking for tables") as show:
+        anatomy = dissect(path, disk, show)
+    return Remains(look(disk, anatomy), anatomy)
+
+
+def _remains_text(path: str, remains: Remains) -> list[str]:
+    at_zero = f"  at offset 0 lies {remains.at_zero.text}"
+    if remains.anatomy is None:
+        return [f"{at_zero}; no table of a qcow2 image was found anywhere"]
+    lines = [at_zero, "  the header was, as far as the rest shows:"]
+    lines += [f"    {note.certainty:9}  {note.what}: {note.text}" for note in remains.anatomy.notes]
+    return [*lines, f"  powercut rescue {shlex.quote(path)} --out NEW.qcow2"]
 
 
 def _word(result: Check) -> str:
@@ -86,7 +114,8 @@ def _runs(numbers: list[int]) -> str:
     return ", ".join(words) + (" ..." if len(runs) > _SHOWN else "")
 
 
-def _document(path: str, result: Check, damaged: bool) -> dict[str, Any]:
+def _document(path: str, result: Check, damaged: bool, remains: Remains | None) -> dict[str, Any]:
+    anatomy = remains and remains.anatomy
     return {
         "schema": SCHEMA,
         "image": path,
@@ -104,4 +133,6 @@ def _document(path: str, result: Check, damaged: bool) -> dict[str, Any]:
             for p in result.problems
         ],
         "omitted": result.omitted,
+        "offset_zero": {"kind": remains.at_zero.kind, "text": remains.at_zero.text} if remains else None,
+        "header_was": header_document(anatomy) if anatomy else None,
     }

@@ -24,6 +24,7 @@ COMMANDS = (
     "replay",
     "bundle",
     "check",
+    "rescue",
     "gate",
     "fuzz",
     "races",

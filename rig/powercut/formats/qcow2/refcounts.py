@@ -114,14 +114,14 @@ def _read_block(disk: Disk, header: Header, offset: int, start: int, stop: int) 
     bits = header.refcount_bits
     base = start * bits // 8
     variants = disk.variants(offset + base, -(-stop * bits // 8) - base)
-    first = _decode(variants.first, header.refcount_order)
+    first = decode(variants.first, header.refcount_order)
     low, high = first, first
     for at, others in aligned(variants, max(1, bits // 8)) if variants.spans else ():
         if low is high:
             low, high = first.copy(), first.copy()
         begin = at * 8 // bits
         for other in others:
-            values = _decode(other, header.refcount_order)
+            values = decode(other, header.refcount_order)
             for bound, pick in ((low, np.minimum), (high, np.maximum)):
                 part = bound[begin : begin + len(values)]
                 pick(part, values, out=part)
@@ -133,7 +133,8 @@ def _read_block(disk: Disk, header: Header, offset: int, start: int, stop: int) 
 _WHOLE = {3: "u1", 4: ">u2", 5: ">u4"}
 
 
-def _decode(raw: Bytes, order: int) -> I64:
+def decode(raw: Bytes, order: int) -> I64:
+    """The refcounts of 2**order bits each that are packed in `raw`."""
     if order == 6:
         # No count of references comes near 2**63: greater refcounts need not be told apart.
         return np.minimum(raw.view(q.BE64), np.uint64(q.MAX_OFFSET)).astype(np.int64)

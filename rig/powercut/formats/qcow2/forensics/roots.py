@@ -1,0 +1,122 @@
+"""Tables and what they hang from: which clusters are tables, and which of these are L1 tables.
+
+An L1 table and an L2 table look alike; what they point to does not: an L1 entry points to tables, an L2 entry to
+data. Source: QEMU's docs/interop/qcow2.txt, section "Cluster mapping".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from powercut.disk import Disk
+from powercut.formats.qcow2 import layout as q
+from powercut.formats.qcow2.entries import I64, U64
+from powercut.formats.qcow2.forensics.geometry import Geometry
+from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, plausible, reach
+
+_BATCH = 1 << 21  # words that are looked at together
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Clusters that consist of entries and zeros, and hold some entry; ascending cluster numbers."""
+
+    standard: I64
+    extended: I64  # with extended L2 entries
+
+
+def whole_tables(disk: Disk, scan: Scan, geometry: Geometry) -> Tables:
+    sectors = Sectors(disk)
+    return Tables(*(_whole(sectors, kind, geometry) for kind in (scan.tables, scan.extended)))
+
+
+def _whole(sectors: Sectors, alike: I64, geometry: Geometry) -> I64:
+    per = geometry.cluster // SECTOR
+    clusters, counts = np.unique(alike // per, return_counts=True)
+    unsure = np.flatnonzero(counts < per)
+    good = np.ones(len(clusters), dtype=np.bool_)
+    step = max(1, _BATCH // (per * 64))
+    for at in range(0, len(unsure), step):
+        part = unsure[at : at + step]
+        words = sectors.clusters(clusters[part], geometry.cluster_bits).reshape(-1, 64)
+        used = np.bitwise_or.reduce(words, axis=1).reshape(len(part), per) != 0
+        good[part] = used.sum(axis=1) == counts[part]
+    return clusters[good]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A cluster that may be the first of an L1 table."""
+
+    cluster: int
+    entries: U64  # as far as they go, without the zeros behind
+    good: int  # entries that point to tables
+    extended: bool  # these are tables of extended L2 entries
+
+    @property
+    def share(self) -> float:
+        return self.good / max(1, int(np.count_nonzero(self.entries & q.OFFSET_MASK)))
+
+
+def l1_candidates(disk: Disk, scan: Scan, geometry: Geometry, tables: Tables, not_these: set[int]) -> list[Candidate]:
+    """Clusters in use that point to tables, the best first. `not_these` are clusters known to be something else."""
+    sectors, bits, per = Sectors(disk), geometry.cluster_bits, geometry.cluster // SECTOR
+    starts = np.unique(scan.tables // per)
+    starts = starts[geometry.in_use(starts)]
+    starts = starts[~np.isin(starts, np.array(sorted(not_these), dtype=np.int64))]
+    out = []
+    for at in range(0, len(starts), 1 << 15):
+        part = starts[at : at + (1 << 15)]
+        words = sectors.words(part * per)
+        first = words[np.arange(len(part)), (words & q.OFFSET_MASK != 0).argmax(axis=1)] & q.OFFSET_MASK
+        aligned = (first != 0) & (first & np.uint64(geometry.cluster - 1) == 0)
+        target = (first >> bits).view(np.int64)
+        near = aligned & (np.isin(target, tables.standard) | np.isin(target, tables.extended))
+        empty = np.flatnonzero(aligned & ~near & geometry.in_use(target))[:64]
+        near[empty] = np.array([_zeros(disk, int(first[i]), geometry.cluster) for i in empty], dtype=np.bool_)
+        out += [_candidate(disk, geometry, tables, int(c), not_these) for c in part[near][:4096]]
+    good = [c for c in out if c.share >= 0.8 and c.good]
+    return sorted(good, key=lambda c: (c.share, c.good), reverse=True)
+
+
+def _candidate(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> Candidate:
+    entries = read_l1(disk, geometry, tables, cluster, not_these)
+    target = ((entries & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
+    target = target[target != 0]
+    standard, extended = (int(np.isin(target, kind).sum()) for kind in (tables.standard, tables.extended))
+    is_extended = extended > standard
+    known = tables.extended if is_extended else tables.standard
+    others = target[~np.isin(target, known)][:64]
+    empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in others)
+    return Candidate(cluster, entries, max(standard, extended) + (empty if standard or extended else 0), is_extended)
+
+
+def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> U64:
+    """The entries of the L1 table that begins at `cluster`, as far as it seems to go, without the zeros behind."""
+    parts: list[U64] = []
+    number = cluster
+    while len(parts) * geometry.cluster < q.MAX_L1_BYTES:
+        words = disk.read(number << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
+        good = plausible(words, reach(disk.size)) & (words & np.uint64(geometry.cluster - 1) & ~np.uint64(q.ZERO) == 0)
+        parts.append(words if good.all() else words[: int(good.argmin())])
+        number += 1
+        more = geometry.in_use(np.array([number]))[0] and number not in not_these and good.all()
+        if not more or number << geometry.cluster_bits >= disk.size or not _continues(disk, geometry, tables, number):
+            break
+    entries = np.concatenate(parts)
+    used = np.flatnonzero(entries)
+    return entries[: int(used[-1]) + 1 if len(used) else 0]
+
+
+def _continues(disk: Disk, geometry: Geometry, tables: Tables, cluster: int) -> bool:
+    """Whether the cluster may be the next of an L1 table: nothing but zeros, or pointers to tables."""
+    words = disk.read(cluster << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
+    target = ((words[words != 0] & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
+    known = np.isin(target, tables.standard) | np.isin(target, tables.extended)
+    return not len(target) or int(known.sum()) >= 0.8 * len(target)
+
+
+def _zeros(disk: Disk, offset: int, length: int) -> bool:
+    return not disk.read(offset, length).any()
