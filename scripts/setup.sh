@@ -73,6 +73,9 @@ package() {
         cc:dnf) echo gcc glibc-devel ;;
         cc:pacman) echo gcc ;;
         cc:zypper) echo gcc glibc-devel ;;
+        xfs:*) echo xfsprogs ;;
+        btrfs:apt-get | btrfs:pacman | btrfs:dnf) echo btrfs-progs ;;
+        btrfs:zypper) echo btrfsprogs ;;
     esac
 }
 
@@ -100,6 +103,8 @@ look() {
     have qemu-system-x86_64 || need system "qemu-system-x86_64 (without it: no guests)"
     { have qemu-img && have qemu-io; } || need tools "qemu-img and qemu-io (without them: no recording from QEMU, no comparison with its checker)"
     have qemu-storage-daemon || need daemon "qemu-storage-daemon (without it: no recording from QEMU)"
+    have mkfs.xfs || need xfs "mkfs.xfs (without it: no tests on XFS)"
+    have mkfs.btrfs || need btrfs "mkfs.btrfs (without it: no tests on btrfs)"
     have_cc || need cc "a C compiler (without it: no guest programs are built)"
 }
 
