@@ -57,13 +57,35 @@ class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 1
 
 
+class Loop(Struct, frozen=True, forbid_unknown_fields=True):
+    """A real guest, started, put to work and ended, again and again. `loops` is how often, `quick` how often in a gate
+    that is to be quick. `ending`: a name in `powercut.endings`. `moment`: the ending begins after so many answers of
+    the guest's disk, else at a moment drawn for each loop. `fresh`: a new image for each loop, else it is used again.
+    `cpu`, `memory` (MiB): the guest's."""
+
+    ending: str = "quit"
+    loops: Positive = 100
+    quick: Positive | None = None
+    start: Literal["restore", "boot"] = "restore"
+    device: Literal["virtio-blk", "virtio-scsi", "ide", "nvme"] = "virtio-blk"
+    cache: Literal["writeback", "none", "writethrough", "directsync", "unsafe"] = "writeback"
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+    discard: bool = True
+    disks: Annotated[int, Meta(ge=1, le=4)] = 1
+    fresh: bool = False
+    moment: Positive | None = None
+    cpu: str | None = None
+    memory: Annotated[int, Meta(ge=64)] = 96
+
+
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """See the module. `rule` and `qemu` go with expect = "BROKEN": the rule that must be among the broken ones, and
     the QEMU versions (prefixes) for which that is known; for others nothing is expected. `trace`: a recording that
-    is shipped beside the scenario, explored as it is, so that no QEMU is needed."""
+    is shipped beside the scenario, explored as it is, so that no QEMU is needed. `loop`: nothing is recorded; a real
+    guest is started and ended, and CLEAN is expected: no loop failed."""
 
     about: str
-    expect: Literal["HOLDS", "BROKEN"]
+    expect: Literal["HOLDS", "BROKEN", "CLEAN"]
     format: str = "qcow2"
     size: str = "256M"
     options: dict[str, str] = {}
@@ -71,6 +93,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     workload: Workload = Workload()
     record: Recording = Recording()
     explore: Exploration = Exploration()
+    loop: Loop | None = None
     rule: Literal["opens", "structure", "acknowledged", "checker", "repairs"] | None = None
     qemu: tuple[str, ...] = ()
     trace: str | None = None
@@ -113,7 +136,7 @@ def load(path: Path) -> Scenario:
         if size == 0 or size % 512:
             line = _line(text, f"at `$.{key}`")
             raise InputError(f"{path}{line}: {key}: {value!r} is not a positive multiple of 512 bytes")
-    if scenario.expect == "HOLDS" and (scenario.rule or scenario.qemu):
+    if scenario.expect != "BROKEN" and (scenario.rule or scenario.qemu):
         raise InputError(f'{path}{_line(text, "at `$.expect`")}: rule and qemu go with expect = "BROKEN"')
     if scenario.record.no_flush and scenario.record.via != "blklogwrites":
         raise InputError(f"{path}{_line(text, 'at `$.record.no_flush`')}: no_flush does nothing over nbd")

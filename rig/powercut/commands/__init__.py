@@ -28,6 +28,7 @@ COMMANDS = (
     "gate",
     "fuzz",
     "races",
+    "loop",
 )
 
 

@@ -31,13 +31,20 @@ def version() -> str:
     return words[2] if len(words) > 2 else "unknown"
 
 
-def create_image(path: Path, format: str, size: int, options: dict[str, str], backing: Path | None = None) -> None:
+def create_image(
+    path: Path,
+    format: str,
+    size: int,
+    options: dict[str, str],
+    backing: Path | None = None,
+    backing_format: str = "raw",
+) -> None:
     """Run `qemu-img create`. Raises EnvironmentFault with what it said."""
     command = [tool("qemu-img"), "create", "-q", "-f", format]
     if options:
         command += ["-o", ",".join(f"{key}={value}" for key, value in options.items())]
     if backing is not None:
-        command += ["-b", str(backing), "-F", "raw"]
+        command += ["-b", str(backing), "-F", backing_format]
     done = subprocess.run([*command, str(path), str(size)], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise EnvironmentFault(f"qemu-img create: {done.stderr.strip()}")

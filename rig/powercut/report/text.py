@@ -19,8 +19,9 @@ def states(log2: float) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error once the work has taken two seconds; nothing where that is not a terminal."""
+def progress(title: str | Callable[[], str]) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error once the work has taken two seconds; nothing where that is not a terminal. A `title`
+    that changes is asked for each time."""
     if not sys.stderr.isatty():
         yield lambda done, of: None
         return
@@ -30,7 +31,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     begin = time.monotonic()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(title, total=None)
+    task = bar.add_task(title if isinstance(title, str) else title(), total=None)
     started = False
 
     def show(done: int, of: int) -> None:
@@ -39,7 +40,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.start()
             started = True
         if started:
-            bar.update(task, completed=done, total=of)
+            bar.update(task, completed=done, total=of, description=title if isinstance(title, str) else title())
 
     try:
         yield show
@@ -52,5 +53,5 @@ def verdict_word(word: str) -> str:
     """A verdict in its colour."""
     import click
 
-    colour = {"HOLDS": "green", "BROKEN": "red", "UNKNOWN": "yellow"}[word]
+    colour = {"HOLDS": "green", "CLEAN": "green", "BROKEN": "red", "UNKNOWN": "yellow"}[word]
     return click.style(word, fg=colour, bold=True)

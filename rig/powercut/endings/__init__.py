@@ -1,0 +1,53 @@
+"""The ways in which a running guest ends: one small file each, found by this table.
+
+A file has `end(running)`, which returns when the machine has ended; `KEEPS`, what must be in the image then; and, where
+it is not the default, `LEAKS`: whether clusters that nobody refers to are legal afterwards, and `HEADER`: whether the
+header's fixed part may change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from powercut.errors import InputError
+from powercut.guest.images import Image
+from powercut.guest.ledger import Keeps
+from powercut.guest.machine import Machine
+from powercut.guest.writing import Writing
+
+ENDINGS: Final = ("quit", "sigterm", "sigkill")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A machine in the middle of its work. Block node `disk0` is the first of `images`, and so on. `writing` is None
+    where the guest has no agent. `number` counts the loops on these images; `random` is the loop's own."""
+
+    machine: Machine
+    images: list[Image]
+    writing: Writing | None
+    random: random.Random
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """See the module."""
+
+    name: str
+    end: Callable[[Running], None]
+    keeps: Keeps
+    leaks: bool
+    header: bool
+
+
+def find(name: str) -> Ending:
+    """The ending of that name. Raises InputError."""
+    if name not in ENDINGS:
+        raise InputError(f"no ending {name!r}; there are {', '.join(ENDINGS)}")
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return Ending(name, module.end, module.KEEPS, getattr(module, "LEAKS", False), getattr(module, "HEADER", False))

@@ -1,0 +1,173 @@
+"""Shutdown loops: clean where QEMU is right, and each planted fault found, kept, and found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from powercut import endings, loop
+from powercut.cli import main
+from powercut.cycle import Lane
+from powercut.endings import Running
+from powercut.guest.scratch import scratch
+from powercut.loop import Loops
+from powercut.scenario import Loop, Scenario, Workload
+from support.guests import hardware
+
+pytestmark = pytest.mark.guest
+Planted = Callable[[str, bool], None]
+
+
+def scenario(
+    format: str = "qcow2", *, operations: int = 60, options: dict[str, str] | None = None, **of: object
+) -> Scenario:
+    plan = Loop(**of)  # type: ignore[arg-type]
+    workload = Workload(operations=operations, depth=8)
+    return Scenario("", "CLEAN", format, "64M", options or {}, "16M", workload, loop=plan)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+@pytest.mark.parametrize("ending", ["quit", "sigterm", "sigkill"])
+def test_stock_qemu_is_clean(format: str, ending: str, tmp_path: Path) -> None:
+    hardware()
+    described = scenario(format, ending=ending)
+    if format == "raw":
+        described = replace_backing(described)
+    outcome = Loops(described, accelerator="tcg").run(loops=3, jobs=1, save=tmp_path)
+    assert outcome.word == "CLEAN", [failure.cycled for failure in outcome.failures + outcome.unknown]
+    assert outcome.loops == 3
+    assert outcome.operations["completed"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def replace_backing(described: Scenario) -> Scenario:
+    import msgspec
+
+    return msgspec.structs.replace(described, backing=None)
+
+
+def overwrite_header(running: Running) -> None:
+    """What QEMU of 2009 did: a table of zeros in place of the header."""
+    with open(running.images[0].path, "r+b") as image:
+        image.write(bytes(4096))
+
+
+def forget_a_table(running: Running) -> None:
+    """The active L1 table loses its first entry: what the guest had there is gone."""
+    with open(running.images[0].path, "r+b") as image:
+        image.seek(40)
+        image.seek(int.from_bytes(image.read(8), "big"))
+        image.write(bytes(8))
+
+
+def stale_content(running: Running) -> None:
+    """All data clusters hold zeros, and no table says so."""
+    path = running.images[0].path
+    data = bytearray(path.read_bytes())
+    for at in range(5 << 16, len(data), 512):
+        if data[at : at + 32] == data[at + 32 : at + 64] and any(data[at : at + 32]):
+            data[at : at + 512] = bytes(512)
+    path.write_bytes(data)
+
+
+FAULTS = {"header": overwrite_header, "acknowledged": stale_content, "structure": forget_a_table}
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_a_planted_fault_is_found_and_kept(
+    rule: str, tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware()
+    find = endings.find
+
+    def faulty(name: str) -> endings.Ending:
+        ending = find(name)
+
+        def end(running: Running) -> None:
+            ending.end(running)
+            if running.number == 2:
+                FAULTS[rule](running)
+
+        return replace(ending, end=end)
+
+    monkeypatch.setattr(endings, "find", faulty)
+    outcome = Loops(scenario(ending="quit"), accelerator="tcg").run(loops=3, jobs=1, save=tmp_path)
+    found = [failure.cycled.number for failure in outcome.failures] == [2]
+    planted(f"loop: {rule}", found)
+    assert found, outcome
+    assert outcome.word == "BROKEN"
+    problems = outcome.failures[0].cycled.problems
+    assert rule in {problem.rule for problem in problems} | {problem.kind for problem in problems}
+    folder = outcome.failures[0].folder
+    assert folder is not None
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "disk0.qcow2",
+        "disk0.qcow2.before",
+        "disk0.qcow2.base",
+        "command",
+        "qmp.log",
+        "serial.log",
+        "loop.json",
+    }
+    assert '"quit"' in (folder / "qmp.log").read_text()
+    kept, number, operation, images = loop.load(folder)
+    again = Loops(kept, accelerator="tcg").replay(folder, images, number, operation, tmp_path / "again")
+    assert again.word == "BROKEN"
+    monkeypatch.undo()
+    without = Loops(kept, accelerator="tcg").replay(folder, images, number, operation, tmp_path / "without")
+    assert without.word == "CLEAN"
+
+
+def test_until_proof_stops_where_the_proof_is_complete(tmp_path: Path) -> None:
+    hardware()
+    described = scenario(operations=4)
+    outcome = Loops(described, accelerator="tcg").run(proof=0.3, jobs=2, save=tmp_path)
+    assert outcome.bound is not None
+    assert outcome.bound <= 0.3
+    assert outcome.loops == 9
+
+
+def test_a_new_image_each_time_begins_anew() -> None:
+    machine = hardware()
+    with scratch() as folder:
+        lane = Lane(scenario(fresh=True, operations=8), machine, folder)
+        for number in (1, 2):
+            assert not lane.run(number).problems
+            assert lane.before == []
+
+
+def test_command(tmp_path: Path) -> None:
+    hardware()
+    words = "loop qcow2 --loops 2 --ops 8 --accelerator tcg --option cluster_size=4096 --json -"
+    result = CliRunner().invoke(main, [*words.split(), "--save", str(tmp_path / "kept")])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["schema"] == "powercut.loop/1"
+    assert (document["verdict"], document["loops"], document["failures"]) == ("CLEAN", 2, 0)
+    assert document["accelerator"] == {"name": "tcg", "why": ""}
+    assert 0.77 < document["bound"] < 0.78
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("loop qcow2 --ending explode", "no ending 'explode'; there are quit"),
+        ("loop qcow2 --qemu /nonexistent/qemu", "/nonexistent/qemu was not found"),
+        ("loop qcow2 --qemu true", "is no QEMU"),
+        ("loop qcow2 --until-proof 7", "not a rate"),
+        ("loop qcow2 --device floppy", "floppy"),
+        ("loop", "FORMAT"),
+        ("loop --replay /nonexistent", "No such file"),
+    ],
+)
+def test_bad_words_are_a_sentence(words: str, said: str) -> None:
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
