@@ -22,7 +22,7 @@ FLOORS = [
     {"formats", "endings", "faults"},
     {"aftermath", "external", "stores"},
     {"session"},
-    {"explain"},
+    {"explain", "journal", "workers"},
     {"operations"},
     {"inflight"},
     {"run", "record", "modelled", "races", "histories"},

@@ -1,13 +1,12 @@
-"""From a trace to an outcome: the search over all epochs, in several processes, and what it says."""
+"""From a trace to an outcome: the search over all epochs, in rounds, and what it says."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from powercut import formats
@@ -18,9 +17,11 @@ from powercut.crash.model import epochs
 from powercut.crash.sample import sizes
 from powercut.errors import InputError
 from powercut.explain import explain, namer
+from powercut.journal import Journal
 from powercut.session import Plan, Session
 from powercut.trace import Trace
 from powercut.verdict import Severity, Verdict
+from powercut.workers import Workers, workers
 
 _PER_GROUP = 3  # findings kept for each rule and kind
 _RESERVE = 4  # one part in so many of a budget is for samples
@@ -80,61 +81,63 @@ class Outcome:
     reasons: list[str] = field(default_factory=list)
 
 
-_session: Session | None = None
+class _Exploration:
+    """One exploration under way. `interrupted`: it was cut short, and what is missing stays unknown."""
 
+    def __init__(self, plan: Plan, trace: Trace, pool: Workers, journal: Journal | None, done: Progress) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._journal = journal
+        self._done = done
+        self._positions = _positions(plan, trace)
+        self.visited: set[int] = set()
+        self.interrupted = False
 
-def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
-    """In a worker: explore `tasks`, going on from where this worker's session stands if that is behind them."""
-    global _session
-    if _session is None or _session.plan != plan or _session.image.position > tasks[0].position:
-        _session = Session(plan)
-    return list(_session.explore(tasks))
+    def _explore(self, tasks: list[Task]) -> list[EpochResult]:
+        """The results of `tasks` that there are in the end, in their order."""
+        known = self._journal.known if self._journal is not None else {}
+        left = {task.index: task for task in tasks if task not in known}
+        results = {task.index: known[task] for task in tasks if task in known}
+        self._done(len(results), len(tasks))
+        try:
+            for result in self._pool.explore(self._plan, list(left.values())):
+                results[result.index] = result
+                if self._journal is not None:
+                    self._journal.put(left[result.index], result)
+                self._done(len(results), len(tasks))
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._pool.abandon()
+        self.visited |= results.keys()
+        return [results[task.index] for task in tasks if task.index in results]
 
+    def rounds(self, budget: int | None) -> list[EpochResult]:
+        """Explore every epoch; a budget is shared out evenly, and what some did not need goes to those that want more.
+        A part is kept back: where it did not suffice, it looks at a sample of the states.
 
-def _explore_all(
-    plan: Plan, trace: Trace, tasks: list[Task], pool: Executor | None, done: Progress
-) -> list[EpochResult]:
-    results: list[EpochResult] = []
-    if pool is None:
-        for result in Session(plan, trace).explore(tasks):
-            results.append(result)
-            done(len(results), len(tasks))
-        return results
-    size = max(8, min(64, len(tasks) // 16))
-    futures: list[Future[list[EpochResult]]] = [
-        pool.submit(_work, plan, tasks[i : i + size]) for i in range(0, len(tasks), size)
-    ]
-    for future in as_completed(futures):
-        results += future.result()
-        done(len(results), len(tasks))
-    return sorted(results, key=lambda result: result.index)
-
-
-def _rounds(plan: Plan, trace: Trace, budget: int | None, pool: Executor | None, done: Progress) -> list[EpochResult]:
-    """Explore every epoch; a budget is shared out evenly, and what some did not need goes to those that want more.
-    A part is kept back: where it did not suffice, it looks at a sample of the states.
-
-    The shares do not depend on the number of processes, so neither does the verdict.
-    """
-    positions = _positions(plan, trace)
-    if budget is None:
-        return _explore_all(plan, trace, [Task(i, p, None) for i, p in enumerate(positions)], pool, done)
-    results = {i: EpochResult(i, p, unknown=SPENT) for i, p in enumerate(positions)}
-    reserve = budget // _RESERVE
-    budget -= reserve
-    left, share = list(results), budget // len(results)
-    if not share:  # fewer checks than epochs: one each for some, from the first to the last
-        left, share = left[:: -(-len(left) // budget)], 1
-    while left and share > max(results[i].checks for i in left):
-        for result in _explore_all(plan, trace, [Task(i, positions[i], share) for i in left], pool, done):
-            results[result.index] = result
-            budget -= result.checks
-        left = [i for i in results if results[i].unknown == SPENT]
-        share = budget // len(left) if left else 0
-    if left and (share := (budget + reserve) // len(left)):
-        for sampled in _explore_all(plan, trace, [Task(i, positions[i], share, True) for i in left], pool, done):
-            results[sampled.index].add(sampled)
-    return list(results.values())
+        The shares do not depend on the number of processes, so neither does the verdict.
+        """
+        positions = self._positions
+        results = {i: EpochResult(i, p, unknown=SPENT if budget else None) for i, p in enumerate(positions)}
+        if budget is None:
+            for result in self._explore([Task(i, p, None) for i, p in enumerate(positions)]):
+                results[result.index] = result
+            return list(results.values())
+        reserve = budget // _RESERVE
+        budget -= reserve
+        left, share = list(results), budget // len(results)
+        if not share:  # fewer checks than epochs: one each for some, from the first to the last
+            left, share = left[:: -(-len(left) // budget)], 1
+        while left and share > max(results[i].checks for i in left) and not self.interrupted:
+            for result in self._explore([Task(i, positions[i], share) for i in left]):
+                results[result.index] = result
+                budget -= result.checks
+            left = [i for i in results if results[i].unknown == SPENT]
+            share = budget // len(left) if left else 0
+        if left and (share := (budget + reserve) // len(left)) and not self.interrupted:
+            for sampled in self._explore([Task(i, positions[i], share, True) for i in left]):
+                results[sampled.index].add(sampled)
+        return list(results.values())
 
 
 def _positions(plan: Plan, trace: Trace) -> list[int]:
@@ -155,9 +158,18 @@ def with_faults(plan: Plan, kinds: Sequence[str], number: int, seed: int) -> Pla
 
 
 def explore_trace(
-    plan: Plan, *, budget: int | None = None, jobs: int | None = None, progress: Progress = lambda done, of: None
+    plan: Plan,
+    *,
+    budget: int | None = None,
+    jobs: int | None = None,
+    cluster: str | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
+    progress: Progress = lambda done, of: None,
 ) -> Outcome:
-    """Explore a trace and judge it. `budget` bounds the number of checks, `jobs` the processes (default: all cores).
+    """Explore a trace and judge it. `budget` bounds the number of checks, `jobs` the processes (default: all cores);
+    `cluster` is the address of a Dask scheduler whose workers take their place. Results are kept in the file `journal`
+    while it takes long, and taken over from there with `resume`. Ctrl-C ends it early, with what was found.
 
     Raises InputError if the trace cannot be used.
     """
@@ -167,14 +179,24 @@ def explore_trace(
     if image is None:
         raise InputError(f"{plan.trace}: has no image")
     formats.find(plan.format)
+    kept = Journal(journal, plan, trace.hash, resume) if journal is not None else None
     count = len(_positions(plan, trace))
-    jobs = min(jobs or os.cpu_count() or 1, -(-count // 64))
-    if jobs == 1 or count < _FEW:
-        results = _rounds(plan, trace, budget, None, progress)
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            results = _rounds(plan, trace, budget, pool, progress)
-    return conclude(plan, trace, results)
+    slow = plan.checker is not None or bool(plan.faults)
+    most = count if slow else -(-count // 64) if count >= _FEW else 1
+    jobs = min(jobs or os.cpu_count() or 1, most)
+    with workers(trace, jobs, cluster) as pool:
+        exploration = _Exploration(plan, trace, pool, kept, progress)
+        results = exploration.rounds(budget)
+    outcome = conclude(plan, trace, results)
+    if exploration.interrupted:
+        outcome.reasons.append(f"interrupted after {len(exploration.visited):,} of {count:,} epochs")
+        if outcome.verdict is Verdict.HOLDS:
+            outcome.verdict = Verdict.UNKNOWN
+        if kept is not None and kept.keep():
+            outcome.reasons.append("--resume goes on from there")
+    elif kept is not None:
+        kept.done()
+    return outcome
 
 
 def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcome:

@@ -53,6 +53,8 @@ from powercut.commands import JOBS, JSON, SAVE
 @click.option("--faults", type=click.IntRange(1), default=20, show_default=True, help="So many of each kind.")
 @click.option("--seed", type=int, default=1, show_default=True, help="What is drawn, is drawn with this.")
 @JOBS
+@click.option("--cluster", metavar="ADDRESS", help="Use the workers of the Dask scheduler there instead.")
+@click.option("--resume", is_flag=True, help="Go on where an exploration of TRACE was cut off (TRACE.progress).")
 @SAVE
 @JSON
 def explore(
@@ -68,6 +70,8 @@ def explore(
     faults: int,
     seed: int,
     jobs: int | None,
+    cluster: str | None,
+    resume: bool,
     save: Path | None,
     json_path: str | None,
 ) -> None:
@@ -95,7 +99,15 @@ def explore(
     begin = time.monotonic()
     plan = run.with_faults(plan, KINDS if "all" in media else media, faults, seed)
     with progress("exploring") as show_progress:
-        result = run.explore_trace(plan, budget=budget, jobs=jobs, progress=show_progress)
+        result = run.explore_trace(
+            plan,
+            budget=budget,
+            jobs=jobs,
+            cluster=cluster,
+            journal=Path(f"{trace}.progress"),
+            resume=resume,
+            progress=show_progress,
+        )
     saved = outcome.save(result.findings, save or Path(f"{trace}.findings"))
     if json_path != "-":
         click.echo(outcome.text(result, saved, time.monotonic() - begin))

@@ -66,7 +66,7 @@ class EpochResult:
     unknown: str | None = None  # why nothing certain can be said, if so
     runs: int = 0  # of a program that judged
     events: int = 0  # in flight, where states were sampled
-    sampled: Counter[str] = field(default_factory=Counter)  # states looked at, by the way they were chosen
+    sampled: dict[str, int] = field(default_factory=dict)  # states looked at, by the way they were chosen
 
     def add(self, sample: EpochResult) -> None:
         """Count a sample of the same epoch in."""
@@ -185,7 +185,7 @@ def sample_epoch(
         first = sorted(issued, key=lambda event: event not in matter)
         for sample in samples(issued, first, seed):
             visit.search.sample(visit.whole, sample.policy)
-            visit.result.sampled[sample.way] += 1
+            visit.result.sampled[sample.way] = visit.result.sampled.get(sample.way, 0) + 1
 
     visit.result.events = len(issued)
     return visit.ended(run)
