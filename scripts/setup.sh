@@ -169,6 +169,33 @@ make_venv() {
     printf '%s\n' "$recipe" >"$STAMP"
 }
 
+# ---- the guests' kernel ----------------------------------------------------------------------------------
+
+NO_KERNEL=$VENV/setup.no-kernel # it could not be had last time
+
+# Into the user's cache, where powercut finds it; it is not installed.
+wants_kernel() {
+    [[ $manager == apt-get && (! -e $NO_KERNEL || -n ${POWERCUT_SETUP_RETRY-}) ]] &&
+        ! compgen -G "${XDG_CACHE_HOME:-$HOME/.cache}/powercut/guest/kernel-*/vmlinuz" >/dev/null
+}
+
+fetch_kernel() { limited 300 "$VENV/bin/python" -c 'from powercut.guest.kernel import kernel; kernel()' 2>&1 </dev/null | tail -n 1; }
+
+get_kernel() {
+    say "fetching the kernel of the guests (a Debian package, 27 MB, unpacked into the user's cache)"
+    said=$(fetch_kernel)
+    if wants_kernel && may_install; then # no package lists, or old ones
+        retry 300 $sudo apt-get -qq update || true
+        said=$(fetch_kernel)
+    fi
+    if wants_kernel; then
+        say "going on without guests: $said"
+        touch "$NO_KERNEL"
+    else
+        rm -f "$NO_KERNEL"
+    fi
+}
+
 # ---- the plan, then the work -----------------------------------------------------------------------------
 
 manager=$(find_manager)
@@ -193,7 +220,7 @@ recipe=
 [[ -z $python ]] || recipe=$(recipe)
 if [[ -z $recipe || ! -e $STAMP || $(<"$STAMP") != "$recipe" ]]; then
     say "will install in $VENV: what pyproject.toml names, in the versions of constraints.txt"
-elif ((${#missing[@]} == 0)); then
+elif ((${#missing[@]} == 0)) && ! wants_kernel; then
     say "nothing to do"
     exit 0
 fi
@@ -216,4 +243,5 @@ if [[ ! -e $STAMP || $(<"$STAMP") != "$recipe" ]]; then
     make_venv || { say "failed: $VENV is not usable"; exit 1; }
 fi
 [[ -z $wanted ]] || echo "$wanted" >"$GIVEN_UP"
+! wants_kernel || get_kernel
 say "ready"

@@ -14,6 +14,8 @@ from powercut import endings, loop
 from powercut.cli import main
 from powercut.cycle import Lane
 from powercut.endings import Running
+from powercut.errors import EnvironmentFault
+from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch
 from powercut.loop import Loops
 from powercut.scenario import Loop, Scenario, Workload
@@ -43,6 +45,33 @@ def test_stock_qemu_is_clean(format: str, ending: str, tmp_path: Path) -> None:
     assert outcome.loops == 3
     assert outcome.operations["completed"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", sorted(set(endings.ENDINGS) - {"quit", "sigterm", "sigkill"}))
+def test_every_other_ending_is_clean_with_stock_qemu(ending: str, tmp_path: Path) -> None:
+    hardware()
+    outcome = Loops(scenario(ending=ending), accelerator="tcg").run(loops=1, save=tmp_path)
+    assert outcome.word == "CLEAN", [failure.cycled for failure in outcome.failures + outcome.unknown]
+
+
+def test_savevm_on_a_raw_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
+    hardware()
+    described = replace_backing(scenario("raw", ending="savevm-quit"))
+    with pytest.raises(EnvironmentFault, match=r"savevm: .*does not support snapshots"):
+        Loops(described, accelerator="tcg").run(loops=2, jobs=2, save=tmp_path)
+
+
+def test_control_a_snapshot_that_is_not_loaded_is_noticed(
+    tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware()
+    monitor = Machine.monitor
+    monkeypatch.setattr(
+        Machine, "monitor", lambda self, line, *more: "" if "load" in line else monitor(self, line, *more)
+    )
+    outcome = Loops(scenario(ending="loadvm-quit"), accelerator="tcg").run(loops=1, save=tmp_path)
+    planted("loop: loadvm did nothing", outcome.word == "BROKEN")
+    assert outcome.word == "BROKEN"
 
 
 def replace_backing(described: Scenario) -> Scenario:

@@ -140,7 +140,7 @@ class Lane:
     def _work(self, machine: Machine, chance: random.Random, cycled: Cycled) -> Writing:
         workload, plan = self.scenario.workload, self.plan
         writing = Writing(machine.agent, self._ledgers, self._steps(chance), workload.depth, self.operation)
-        moment = plan.moment or chance.randint(workload.operations // 4, workload.operations)
+        moment = plan.moment or chance.randint(workload.operations // 4, workload.operations * 3 // 4)
         try:
             writing.run(moment)
             for number, error in writing.errors[:1]:

@@ -1,8 +1,8 @@
 """The ways in which a running guest ends: one small file each, found by this table.
 
 A file has `end(running)`, which returns when the machine has ended; `KEEPS`, what must be in the image then; and, where
-it is not the default, `LEAKS`: whether clusters that nobody refers to are legal afterwards, and `HEADER`: whether the
-header's fixed part may change.
+it is not the default, `LEAKS`: whether clusters that nobody refers to are legal afterwards; `HEADER`: whether the
+header's fixed part may change; `AGENT`: whether the guest must run our agent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,19 @@ from powercut.guest.ledger import Keeps
 from powercut.guest.machine import Machine
 from powercut.guest.writing import Writing
 
-ENDINGS: Final = ("quit", "sigterm", "sigkill")
+ENDINGS: Final = (
+    "quit",
+    "sigterm",
+    "sigkill",
+    "powerdown",
+    "reset-quit",
+    "guest-poweroff",
+    "guest-panic",
+    "savevm-quit",
+    "snapshot-save-quit",
+    "loadvm-quit",
+    "hot-unplug",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,7 @@ class Ending:
     keeps: Keeps
     leaks: bool
     header: bool
+    agent: bool
 
 
 def find(name: str) -> Ending:
@@ -50,4 +63,5 @@ def find(name: str) -> Ending:
     if name not in ENDINGS:
         raise InputError(f"no ending {name!r}; there are {', '.join(ENDINGS)}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    return Ending(name, module.end, module.KEEPS, getattr(module, "LEAKS", False), getattr(module, "HEADER", False))
+    leaks, header, agent = (getattr(module, trait, False) for trait in ("LEAKS", "HEADER", "AGENT"))
+    return Ending(name, module.end, module.KEEPS, leaks, header, agent)

@@ -54,9 +54,10 @@ class Writing:
         except Gone:
             pass
 
-    def forget(self) -> None:
-        """What is in flight will not be answered: the guest was put back to an earlier moment."""
+    def forget(self, ledgers: list[Ledger]) -> None:
+        """The guest and its disks were put back to a moment when nothing was in flight and `ledgers` were true."""
         self._pending.clear()
+        self.ledgers[:] = ledgers
 
     def _conflicts(self, step: Step) -> bool:
         disk, operation = step
