@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from quire.errors import Damaged, Foreign, ReadOnly
+from quire.errors import Damaged, Foreign, ReadOnly, opening
 from quire.layout import MANIFEST, MANIFEST_MAGIC, MAX_MANIFEST, PREFIX, PREFIX_STRUCT, Prefix, checksum
 from quire.manifest import Manifest
 from quire.rows import decode, encode
@@ -41,7 +41,8 @@ class Copies:
                 file = self._store.create(name)
                 self._store.sync_dir()
             else:
-                file = self._store.open(name, write=write)
+                with opening(name):
+                    file = self._store.open(name, write=write)
             self._files.append(file)
             if write:
                 file.sync()

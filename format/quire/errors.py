@@ -14,8 +14,12 @@ OSErrors.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from typing import ClassVar
+
+_NO_FILE = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.ENOTDIR)
 
 
 class QuireError(OSError):
@@ -64,3 +68,16 @@ class Unusable(QuireError):
     """The caller asked for what cannot be."""
 
     number = errno.EINVAL
+
+
+@contextlib.contextmanager
+def opening(file: str) -> Iterator[None]:
+    """Says in the format's own words that a file which must be there is missing, or is none."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Damaged(file, "is missing") from None
+    except OSError as error:
+        if error.errno in _NO_FILE and not isinstance(error, QuireError):
+            raise Foreign(file, "is not a regular file") from None
+        raise

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 import xxhash
 
-from quire.errors import Damaged
+from quire.errors import Damaged, opening
 from quire.manifest import Name
 from quire.store import Store
 
@@ -44,7 +44,8 @@ def write_state(store: Store, id: bytes, pieces: Iterable[bytes]) -> Kept:
 
 def read_state(store: Store, name: Name) -> Iterator[bytes]:
     """The state in pieces. Raises Damaged, at the end, if it is not what was written."""
-    file = store.open(state_file(name.state), write=False)
+    with opening(state_file(name.state)):
+        file = store.open(state_file(name.state), write=False)
     try:
         digest = xxhash.xxh3_64()
         for place in range(0, name.state_size, _PIECE):

@@ -16,7 +16,7 @@ from typing import Self
 
 from quire import pages
 from quire.commit import Commit
-from quire.errors import Damaged
+from quire.errors import Damaged, opening
 from quire.identity import Identity
 from quire.journal import Journal
 from quire.layout import BLOCK, DATA, PAGE, PARENT, ZERO, M
@@ -212,4 +212,5 @@ def _open(store: Store, name: str, mode: Mode) -> File:
     if mode is Mode.REPAIR:
         with contextlib.suppress(OSError):  # a leaf that only its reader owns is read as it is
             return store.open(name, write=True)
-    return store.open(name, write=mode is Mode.WRITE)
+    with opening(name):
+        return store.open(name, write=mode is Mode.WRITE)

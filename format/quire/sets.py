@@ -99,6 +99,7 @@ class Set:
         lock = writer.take(store)
         try:
             Leaf.create(store, identity, None, created=now(), name=head).close()
+            store.sync_dir()
             copies.create(store, manifest.with_leaf(identity).with_name(head, Name(identity.leaf, True, now())))
             store.sync_dir()
             return cls(store, lock)
@@ -167,6 +168,11 @@ class Set:
                 leaf.stop("an error stopped all writing to its set until it is opened again")
             self._images[name] = Image(name, leaf, writable=True)
             return self._images[name]
+
+    def opened(self, head: str) -> Image | None:
+        """The image of a head that is open for writing."""
+        image = self._images.get(head)
+        return None if image is None or image.closed else image
 
     def _read_only(self, name: str, value: Name) -> Image:
         if value.writable:
@@ -287,8 +293,7 @@ class Set:
             yield
 
     def _not_open(self, name: str) -> None:
-        opened = [self._images[name]] if name in self._images else []
-        if any(not image.closed for image in (*opened, *(i for i in self._snapshots if i.name == name))):
+        if self.opened(name) or any(image.name == name and not image.closed for image in self._snapshots):
             raise Busy(name, "is open")
 
     def _snapshot(self, name: str) -> Identity:
@@ -302,16 +307,15 @@ class Set:
         """The image of a head with nothing in flight and everything proven; opened for the while if it is not open."""
         if not self.manifest.name(head).writable:
             raise Unusable(head, "is a snapshot, which never changes")
-        image = self._images.get(head)
-        opened = None if image is not None and not image.closed else self.image(head, write=True)
-        image = opened or self._images[head]
+        there = self.opened(head)
+        image = there or self.image(head, write=True)
         try:
             with image.leaf.commit_lock, image.leaf.lock:
                 image.leaf.finish()
                 yield image
         finally:
-            if opened is not None:
-                opened.close()
+            if there is None:
+                image.close()
 
     def _grow(self, head: str, image: Image, manifest: Manifest, size: int) -> None:
         """Let `head` and its image go on in a new leaf on top of the one they have."""

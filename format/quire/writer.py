@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 
-from quire.errors import Busy
+from quire.errors import Busy, Damaged, opening
 from quire.store import File, Store
 
 LOCK = "lock"
@@ -16,8 +16,9 @@ _MOST = 512
 def take(store: Store) -> File:
     """Take the lock for as long as the file is open, and write into it who we are. Raises Busy, which says who is."""
     try:
-        file = store.open(LOCK, write=True)
-    except FileNotFoundError:
+        with opening(LOCK):
+            file = store.open(LOCK, write=True)
+    except Damaged:
         file = store.create(LOCK)
     try:
         if not file.lock():

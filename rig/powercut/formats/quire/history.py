@@ -1,0 +1,258 @@
+"""Histories of a Quire set: done for real on a recorded store, and promised sector by sector.
+
+A history is a list of lines; sizes and offsets in bytes, with units as everywhere:
+
+    write HEAD OFFSET LENGTH [fua]    zero HEAD OFFSET LENGTH    discard HEAD OFFSET LENGTH    flush HEAD
+    snapshot HEAD NAME    clone SNAPSHOT HEAD    revert HEAD SNAPSHOT    rename OLD NEW    delete NAME
+    resize HEAD SIZE      reopen
+
+The set has one head, "main", at first. Marks in the trace say when each line began and ended, and which leaf each name
+had then. What a crash may leave follows from them alone: lines run one after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+from powercut.capture.store import RecordingStore
+from powercut.crash.store import in_memory
+from powercut.errors import InputError
+from powercut.scenario import parse_size
+from powercut.trace import SECTOR, Kind, Trace, TraceWriter
+from quire import sets
+from quire.image import Image
+from quire.layout import BLOCK
+from quire.sets import Set
+
+_SHAPES = {  # what the words of a line are
+    "write": "nssf",
+    "zero": "nss",
+    "discard": "nss",
+    "flush": "n",
+    "snapshot": "nn",
+    "clone": "nn",
+    "revert": "nn",
+    "rename": "nn",
+    "delete": "n",
+    "resize": "ns",
+    "reopen": "",
+}
+_DURABLE = {"flush", "snapshot", "resize", "reopen"}  # what was written before is durable afterwards
+
+Candidates = list[tuple[bytes, ...]]  # of each sector: what it may hold
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a history, understood."""
+
+    what: str
+    names: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+    fua: bool = False
+
+
+def parse(lines: Sequence[str]) -> list[Line]:
+    """Raises InputError, naming the line."""
+    found = []
+    for number, text in enumerate(lines, 1):
+        what, *words = text.split() or [""]
+        shape = _SHAPES.get(what)
+        fua = shape is not None and shape.endswith("f") and words[-1:] == ["fua"]
+        if shape is None or len(words) - fua != len(shape.rstrip("f")):
+            raise InputError(f"line {number} of the history: {text!r} is not one of its lines")
+        pairs = list(zip(shape, words, strict=False))
+        names = tuple(word for kind, word in pairs if kind == "n")
+        numbers = tuple(parse_size(word) for kind, word in pairs if kind == "s")
+        found.append(Line(what, names, numbers, fua))
+    return found
+
+
+def content(line: int, sector: int) -> bytes:
+    """What line number `line` writes into a sector: never the same, never zeros."""
+    return (b"%8d%8d" % (line + 1, sector)) * (SECTOR // 16)
+
+
+@contextmanager
+def repeatable(first: int = 1) -> Iterator[None]:
+    """Ids and times count from `first`, so that the same calls make the same bytes."""
+    ids = (number.to_bytes(16, "big") for number in itertools.count(first))
+    times = itertools.count(first)
+    with mock.patch.object(sets, "new_id", ids.__next__), mock.patch.object(sets, "now", times.__next__):
+        yield
+
+
+def perform(quire: Set, number: int, line: Line) -> None:
+    """Do a line, which is not a reopen. Heads are opened when they are first used."""
+    if line.what in ("write", "zero", "discard", "flush"):
+        image = opened(quire, line.names[0])
+        if line.what == "write":
+            offset, length = line.numbers
+            sectors = range(offset // SECTOR, (offset + length) // SECTOR)
+            image.write(offset, b"".join(content(number, sector) for sector in sectors), line.fua)
+        else:
+            getattr(image, line.what)(*line.numbers)
+        return
+    if line.what in ("revert", "rename", "delete"):
+        close(quire, line.names[0])
+    getattr(quire, line.what)(*line.names, *line.numbers)
+
+
+def opened(quire: Set, head: str) -> Image:
+    """The image of a head."""
+    there = quire.opened(head)
+    return there if there is not None else quire.image(head)
+
+
+def close(quire: Set, name: str) -> None:
+    """Close the image of a head, if it is open."""
+    image = quire.opened(name)
+    if image is not None:
+        image.close()
+
+
+def record(lines: Sequence[Line], size: int, slots: int, path: Path) -> None:
+    """Do a history on a new set in memory, and write the trace."""
+    with TraceWriter(path, {"format": "quire", "size": size}) as writer, repeatable():
+        store = RecordingStore(in_memory(), writer)
+        writer.mark("begin", line=-1)
+        quire = Set.create(store, size, slots=slots)
+        _done(writer, -1, quire)
+        for number, line in enumerate(lines):
+            writer.mark("begin", line=number)
+            if line.what == "reopen":
+                quire.close()
+                quire = Set.open(store, write=True)
+            else:
+                perform(quire, number, line)
+            _done(writer, number, quire)
+        writer.mark("begin", line=len(lines))
+        quire.close()
+        _done(writer, len(lines), quire)
+
+
+def _done(writer: TraceWriter, line: int, quire: Set) -> None:
+    names = {name: [value.leaf.hex(), value.writable] for name, value in quire.manifest.names.items()}
+    writer.mark("end", line=line, names=names)
+
+
+# ---- what was promised
+
+
+@dataclass(slots=True)
+class World:
+    """A tree that a crash may leave: each name's leaf and whether it is a head, and what its sectors may hold."""
+
+    names: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    disks: dict[str, Candidates] = field(default_factory=dict)
+
+
+class Promises:
+    """What a history that was recorded in `trace` promises at each position."""
+
+    def __init__(self, trace: Path, lines: Sequence[Line]) -> None:
+        recording = Trace(trace)
+        size = int(recording.meta["size"])
+        said = [
+            (int(event["issued"]), recording.about(event)) for event in recording.events if event["kind"] == Kind.MARK
+        ]
+        marks = [(position, mark) for position, mark in said if mark["label"] in ("begin", "end")]
+        self._steps: list[tuple[int, list[World]]] = [(-1, [])]  # from this position on, these worlds; none: no set yet
+        world = World()
+        for position, mark in marks:
+            number = mark["line"]
+            line = lines[number] if 0 <= number < len(lines) else None
+            if mark["label"] == "begin":
+                self._steps.append((position, self._begun(world, number, line)))
+                continue
+            names = {name: (leaf, writable) for name, (leaf, writable) in mark["names"].items()}
+            if line is None:
+                world = (
+                    _settled(world) if number >= 0 else World(names, {"main": [(bytes(SECTOR),)] * (size // SECTOR)})
+                )
+            else:
+                world = _after(world, number, line)
+            world.names = names
+            # While a line that changes the tree was running, the tree could be the new one already.
+            begun = self._steps[-1][1]
+            if begun and begun[-1].names != names:
+                begun.append(world)
+            if not begun and number < 0:
+                begun += [World(), world]
+            self._steps.append((position, [world]))
+            world = copy.deepcopy(world)
+
+    @staticmethod
+    def _begun(world: World, number: int, line: Line | None) -> list[World]:
+        """What is legal once a line began: all that was, and what it writes."""
+        if not world.names:
+            return []
+        if line is not None and line.what in ("write", "zero", "discard"):
+            written = copy.deepcopy(world)
+            for sector, data in _written(written, number, line):
+                _add(written.disks[line.names[0]], sector, data)
+            world.disks = copy.deepcopy(written.disks)
+            return [written]
+        return [copy.deepcopy(world)]
+
+    def worlds(self, position: int) -> list[World]:
+        """The trees that a crash before `position` may leave. One without names: there may be no set."""
+        found: list[World] = []
+        for begin, worlds in self._steps:
+            if begin >= position:
+                break
+            found = worlds
+        return found or [World()]
+
+
+def _written(world: World, number: int, line: Line) -> list[tuple[int, bytes]]:
+    """The sectors that a line writes, and with what."""
+    offset, length = line.numbers
+    end = offset + length
+    if line.what == "discard":
+        size = len(world.disks[line.names[0]]) * SECTOR
+        offset, end = -(-offset // BLOCK) * BLOCK, end if end == size else end // BLOCK * BLOCK
+    zero = line.what != "write"
+    sectors = range(offset // SECTOR, end // SECTOR)
+    return [(sector, bytes(SECTOR) if zero else content(number, sector)) for sector in sectors]
+
+
+def _add(disk: Candidates, sector: int, data: bytes) -> None:
+    """`data` is the newest that a sector may hold."""
+    disk[sector] = (*(one for one in disk[sector] if one != data), data)
+
+
+def _settled(world: World) -> World:
+    """After all of it became durable: of each sector only the newest."""
+    return World(dict(world.names), {name: [one[-1:] for one in disk] for name, disk in world.disks.items()})
+
+
+def _after(world: World, number: int, line: Line) -> World:
+    """What is promised once a line has returned."""
+    after = copy.deepcopy(world)
+    name = line.names[0] if line.names else ""
+    disks = after.disks
+    if line.what in _DURABLE:
+        for head in [name] if name else list(disks):
+            disks[head] = [one[-1:] for one in disks[head]]
+    if line.what == "write" and line.fua:
+        for sector, data in _written(after, number, line):
+            disks[name][sector] = (data,)
+    elif line.what == "snapshot" or line.what == "clone":
+        disks[line.names[1]] = list(disks[name])
+    elif line.what == "revert":
+        disks[name] = list(disks[line.names[1]])
+    elif line.what == "rename":
+        disks[line.names[1]] = [one[-1:] for one in disks.pop(name)]
+    elif line.what == "delete":
+        del disks[name]
+    elif line.what == "resize":
+        count = line.numbers[0] // SECTOR
+        disks[name] = (disks[name] + [(bytes(SECTOR),)] * count)[:count]
+    return after

@@ -1,0 +1,163 @@
+"""The judge of Quire's promises: on a crash state it opens the set as anybody would, looks, repairs, goes on, looks.
+
+    opens          the set and every disk in it open, for reading and for writing
+    atomic-tree    the tree is as before the line that was running, or as after it
+    acknowledged   every sector of a head holds what was flushed, or something written since
+    immutable      every sector of a snapshot holds what it held
+    no-leak        after opening for writing no file is left that the manifest does not name
+    detects        whatever an opener meets in a crash state, it answers with an error of its own or not at all
+
+After each recovery the judge goes on like a user: it writes, flushes, and then leaves a witness, a file whose name is
+durable. A crash state inside that is judged with it: what came before the witness must be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import groupby
+
+from powercut.formats.quire.history import Promises, World, content, repeatable
+from powercut.stores import Case
+from powercut.trace import SECTOR
+from powercut.verdict import Problem, Severity
+from quire.errors import QuireError
+from quire.image import Image
+from quire.sets import Set
+
+RULES = ("opens", "atomic-tree", "acknowledged", "immutable", "no-leak", "detects")
+_LATER = 9000  # what the judge writes is told from what the history wrote by this
+
+
+class Quire:
+    """Judges the states of a recorded history. `touch`: the sectors of each head that the judge writes after a
+    recovery."""
+
+    def __init__(self, promises: Promises, touch: range = range(2)) -> None:
+        self._promises = promises
+        self._touch = touch
+
+    def __call__(self, case: Case) -> None:
+        worlds = [self._seen_since(case, world) for world in self._promises.worlds(case.position)]
+        with repeatable(1000 * (case.level + 1)):
+            self._look(case, worlds, write=False)
+            self._look(case, worlds, write=True)
+
+    def _look(self, case: Case, worlds: list[World], *, write: bool) -> None:
+        """Open, compare, and when writing go on."""
+        with self._guarded(case, worlds), contextlib.ExitStack() as stack:
+            quire = stack.enter_context(Set.open(case.store, write=write))
+            world = self._same_tree(case, worlds, quire)
+            if world is None:
+                return
+            for name, (_, writable) in sorted(world.names.items()):
+                image = quire.image(name)
+                self._compare(case, world, image, "acknowledged" if writable else "immutable")
+            if write:
+                self._nothing_left(case, quire)
+                self._go_on(case, quire, world)
+
+    @contextlib.contextmanager
+    def _guarded(self, case: Case, worlds: list[World]) -> Iterator[None]:
+        """Whatever is raised breaks a rule, unless there may be no set yet."""
+        try:
+            yield
+        except QuireError as error:
+            if all(world.names for world in worlds):
+                report(case, "opens", "refused", Severity.UNOPENABLE, str(error))
+        except (OSError, ValueError, LookupError, AssertionError) as error:
+            kind = type(error).__name__
+            report(case, "detects", kind, Severity.UNOPENABLE, f"{kind} instead of an error of the format: {error}")
+
+    def _same_tree(self, case: Case, worlds: list[World], quire: Set) -> World | None:
+        names = {name: (value.leaf.hex(), value.writable) for name, value in quire.manifest.names.items()}
+        for world in worlds:
+            if world.names == names:
+                return world
+        legal = " or ".join(str(sorted(world.names)) for world in worlds)
+        report(case, "atomic-tree", "tree", Severity.CORRUPT, f"the names are {sorted(names)}; legal: {legal}")
+        return None
+
+    def _compare(self, case: Case, world: World, image: Image, rule: str) -> None:
+        """Hold every sector against what it may be. Sectors that can be only one thing are read together; each other
+        one is a part of its own, so that what they may hold adds up and does not multiply."""
+        disk = world.disks[image.name]
+        if image.size != len(disk) * SECTOR:
+            report(
+                case, rule, "size", Severity.SILENT, f"{image.name} has {image.size} bytes, not {len(disk) * SECTOR}"
+            )
+            return
+
+        def look(first: int, count: int) -> None:
+            data = image.read(first * SECTOR, count * SECTOR)
+            for i in range(count):
+                self._sector(case, image.name, rule, first + i, bytes(data[i * SECTOR : (i + 1) * SECTOR]), disk)
+
+        for open_, sectors in groupby(range(len(disk)), lambda sector: len(disk[sector]) > 1):
+            some = list(sectors)
+            for first, count in [(sector, 1) for sector in some] if open_ else [(some[0], len(some))]:
+                case.explore(lambda first=first, count=count: look(first, count))  # type: ignore[misc]
+
+    def _sector(
+        self, case: Case, name: str, rule: str, sector: int, data: bytes, disk: list[tuple[bytes, ...]]
+    ) -> None:
+        if data in disk[sector]:
+            return
+        silent = f"sector {sector} of {name} holds {told(data)}; legal: {', '.join(map(told, disk[sector]))}"
+        report(case, rule, f"{name}-{told(data)}", Severity.SILENT, silent, sector)
+
+    def _nothing_left(self, case: Case, quire: Set) -> None:
+        named = {identity.file for identity in quire.manifest.leaves.values()}
+        left = [name for name in quire.store.names() if name.endswith((".leaf", ".state")) and name not in named]
+        if left:
+            report(case, "no-leak", "file", Severity.LEAK, f"after opening for writing {left[0]} is still there")
+
+    # ---- going on
+
+    def _go_on(self, case: Case, quire: Set, world: World) -> None:
+        """Write into each head, flush, leave a witness; close, so that the end is proven too."""
+        for head in sorted(name for name, (_, writable) in world.names.items() if writable):
+            image = quire.opened(head)
+            assert image is not None
+            for sector in self._range(world, head):
+                image.write(sector * SECTOR, content(_LATER + case.level, sector))
+            image.flush()
+        case.store.create(_witness(case.level)).close()
+        case.store.sync_dir()
+
+    def _range(self, world: World, head: str) -> list[int]:
+        return [sector for sector in self._touch if sector < len(world.disks[head])]
+
+    def _seen_since(self, case: Case, world: World) -> World:
+        """A world after what the judge did at lower levels."""
+        if not case.level:
+            return world
+        names = set(case.store.names())
+        later = World(world.names, {name: list(disk) for name, disk in world.disks.items()})
+        for level in range(case.level):
+            for head in (name for name, (_, writable) in world.names.items() if writable):
+                disk = later.disks[head]
+                for sector in self._range(world, head):
+                    wrote = content(_LATER + level, sector)
+                    disk[sector] = (wrote,) if _witness(level) in names else (*disk[sector], wrote)
+        return later
+
+
+def _witness(level: int) -> str:
+    return f"witness-{level}"
+
+
+def report(case: Case, rule: str, kind: str, severity: Severity, text: str, where: int = 0) -> None:
+    """Report a broken rule."""
+    case.report(Problem(rule, kind, where, severity, text))
+
+
+def told(data: bytes) -> str:
+    """A sector in words."""
+    if not any(data):
+        return "zeros"
+    if data == data[:16] * (SECTOR // 16) and data[:16].strip().replace(b" ", b"").isdigit():
+        line, sector = int(data[:8]), int(data[8:16])
+        whose = f"the judge's write at level {line - 1 - _LATER}" if line > _LATER else f"line {line}"
+        return f"{whose}, sector {sector}"
+    return f"garbage ({data[:8].hex()}...)"
