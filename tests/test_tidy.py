@@ -19,8 +19,9 @@ SOURCE_ROOTS = {"powercut": ROOT / "rig", "quire": ROOT / "format"}
 FLOORS = [
     {"errors", "verdict", "disk", "trace", "stamp", "compiled"},
     {"capture", "crash", "oracles", "guest", "scenario", "report", "doctor", "stats"},
+    {"stores"},
     {"formats", "endings", "faults"},
-    {"aftermath", "external", "stores"},
+    {"aftermath", "external"},
     {"session"},
     {"explain", "journal", "workers"},
     {"operations"},

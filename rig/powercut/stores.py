@@ -181,10 +181,19 @@ class _Epoch:
         # The next recovery is recorded under the same name: this one's file goes on under its map.
         Path(path).unlink()
         self.traces[level + 1] = trace
-        for position in epochs(trace):
+        for position in _distinct(trace):
             files.advance(position)
             crashed = CrashSet(files, self.search, state, level + 1, known.nodes)
             self.search.explore(lambda crashed=crashed: self._check(crashed, level + 1))  # type: ignore[misc]
+
+
+def _distinct(trace: Trace) -> list[int]:
+    """The crash positions in a recovery that can leave something new. A judge knows nothing of what a recovery had
+    been told was durable, so where nothing was done since the last position, that one stood for this one too."""
+    issued = trace.events["issued"][~np.isin(trace.events["kind"], [Kind.FLUSH, Kind.SYNC_DIR, Kind.MARK])]
+    positions = np.array(epochs(trace))
+    changes = np.searchsorted(issued, positions)
+    return positions[np.diff(changes, prepend=0) > 0].tolist()  # type: ignore[no-any-return]
 
 
 def explore_store(

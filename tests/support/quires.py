@@ -1,26 +1,10 @@
-"""What the tests of Quire share: a trivial model of a set, ids that repeat from run to run, small disks."""
+"""What the tests of Quire share: a trivial model of a set."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import pytest
-
-from quire import sets
 from quire.layout import BLOCK
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Ids and times count from 1, so that the same calls make the same bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        ids, times = itertools.count(1), itertools.count(1)
-        patch.setattr(sets, "new_id", lambda: next(ids).to_bytes(16, "big"))
-        patch.setattr(sets, "now", lambda: next(times))
-        yield
 
 
 @dataclass

@@ -40,7 +40,8 @@ class Quire:
     def __call__(self, case: Case) -> None:
         worlds = [self._seen_since(case, world) for world in self._promises.worlds(case.position)]
         with repeatable(1000 * (case.level + 1)):
-            self._look(case, worlds, write=False)
+            if not case.level:  # deeper down, opening for writing reads the same and more
+                self._look(case, worlds, write=False)
             self._look(case, worlds, write=True)
 
     def _look(self, case: Case, worlds: list[World], *, write: bool) -> None:
