@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+from collections.abc import Iterator
 from typing import Self
 
 from quire import pages
+from quire.below import ZEROS, Below
 from quire.commit import Commit
 from quire.errors import Damaged, opening
 from quire.identity import Identity
@@ -41,6 +43,8 @@ class Leaf(Commit):
         self.parent = parent
         self.size = identity.size
         self.repaired = 0  # pages that were rewritten from their other copy when it was opened
+        self._chain: list[Leaf] = []  # the leaves below, the nearest first
+        self._below: Below | None = None  # which of them holds what
         self._reserved: set[int] = set()  # map pages whose space on disk is ours
 
     # ---- creating and opening
@@ -117,19 +121,35 @@ class Leaf(Commit):
         block = offset // BLOCK
         if offset + length <= (block + 1) * BLOCK and self.states[block] == DATA:
             return self._home(offset, length)
+        last = (offset + length - 1) // BLOCK
+        runs = list(self.states.runs(block, last - block + 1))
+        if len(runs) == 1 and runs[0][2] == DATA:
+            return self._home(offset, length)
         found = bytearray(length)
-        wanted: list[tuple[Leaf, int, int]] = [(self, offset, length)]
-        while wanted:
-            leaf, place, count = wanted.pop()
-            first = place // BLOCK
-            for start, blocks, state in leaf.states.runs(first, (place + count - 1) // BLOCK - first + 1):
-                begin = max(place, start * BLOCK)
-                end = min(place + count, (start + blocks) * BLOCK)
-                if state == DATA:
-                    found[begin - offset : end - offset] = leaf._home(begin, end - begin)
-                elif state == PARENT and leaf.parent is not None and begin < leaf.parent.size:
-                    wanted.append((leaf.parent, begin, min(end, leaf.parent.size) - begin))
+        for start, blocks, state in runs:
+            begin, end = max(offset, start * BLOCK), min(offset + length, (start + blocks) * BLOCK)
+            if state == DATA:
+                found[begin - offset : end - offset] = self._home(begin, end - begin)
+            elif state == PARENT and self.parent is not None:
+                for place, data in self._inherited(begin, min(end, self.parent.size)):
+                    found[place - offset : place - offset + len(data)] = data
         return found
+
+    def _inherited(self, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """(offset, data) of what leaves below hold in a range; the rest is zeros."""
+        if begin >= end:
+            return
+        if self._below is None:
+            leaf, self._chain = self.parent, []
+            while leaf is not None:
+                self._chain.append(leaf)
+                leaf = leaf.parent
+            self._below = Below([(leaf.states, leaf.size) for leaf in self._chain])
+        first = begin // BLOCK
+        for start, blocks, layer in self._below.runs(first, (end - 1) // BLOCK - first + 1):
+            if layer != ZEROS:
+                low, high = max(begin, start * BLOCK), min(end, (start + blocks) * BLOCK, self._below.limits[layer])
+                yield low, self._chain[layer]._home(low, high - low)
 
     def _home(self, offset: int, length: int) -> bytes:
         data = self.file.read(offset, length)

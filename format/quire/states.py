@@ -63,6 +63,11 @@ class States:
                 begin, state = block, now
         yield begin, start + length - begin, state
 
+    def unpacked(self, number: int) -> NDArray[np.uint8]:
+        """The states of the blocks of a map page, one by one."""
+        unpacked: NDArray[np.uint8] = _UNPACK[self._array[number * PAYLOAD : (number + 1) * PAYLOAD]].ravel()
+        return unpacked
+
     def page(self, number: int) -> bytes:
         """The payload of a map page."""
         return self._raw[number * PAYLOAD : (number + 1) * PAYLOAD]
