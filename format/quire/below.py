@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.layout import BLOCK, BLOCKS_PER_PAGE, DATA, PARENT
+from quire.layout import BLOCK, BLOCKS_PER_PAGE, DATA
 from quire.states import States
 
 ZEROS = -1
@@ -27,6 +27,11 @@ class Below:
         self._layers = layers
         self.limits = list(itertools.accumulate((size for _, size in layers), min))
         self._pages: OrderedDict[int, NDArray[np.int16]] = OrderedDict()
+
+    def layer(self, block: int) -> int:
+        """The layer that holds a block; ZEROS where none does."""
+        number, inner = divmod(block, BLOCKS_PER_PAGE)
+        return int(self._page(number)[inner])
 
     def runs(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(start, length, layer) of each run of blocks that one layer holds, in order; ZEROS where none does."""
@@ -47,12 +52,13 @@ class Below:
         undecided = np.ones(BLOCKS_PER_PAGE, np.bool_)
         for layer, (states, _) in enumerate(self._layers):
             seen = -(-self.limits[layer] // BLOCK) - number * BLOCKS_PER_PAGE  # blocks of the page
-            undecided[max(seen, 0) :] = False
-            if not undecided.any():
+            if seen <= 0:
                 break
-            here = states.unpacked(number)
-            owners[undecided & (here == DATA)] = layer
-            undecided &= here == PARENT
+            undecided[seen:] = False
+            blocks, held = states.set_blocks(number)
+            new = undecided[blocks]
+            owners[blocks[new & (held == DATA)]] = layer
+            undecided[blocks] = False
         self._pages[number] = owners
         if len(self._pages) > _KEPT:
             self._pages.popitem(last=False)

@@ -119,8 +119,15 @@ class Leaf(Commit):
     def read(self, offset: int, length: int) -> bytes | bytearray:
         """What the disk holds in a range within it."""
         block = offset // BLOCK
-        if offset + length <= (block + 1) * BLOCK and self.states[block] == DATA:
-            return self._home(offset, length)
+        if offset + length <= (block + 1) * BLOCK:  # the usual case, and the one where every call counts
+            state = self.states[block]
+            if state == DATA:
+                return self._home(offset, length)
+            if state == PARENT and self.parent is not None and offset + length <= self.parent.size:
+                below = self._below or self._look_below()
+                layer = below.layer(block)
+                if layer != ZEROS and offset + length <= below.limits[layer]:
+                    return self._chain[layer]._home(offset, length)
         last = (offset + length - 1) // BLOCK
         runs = list(self.states.runs(block, last - block + 1))
         if len(runs) == 1 and runs[0][2] == DATA:
@@ -139,17 +146,20 @@ class Leaf(Commit):
         """(offset, data) of what leaves below hold in a range; the rest is zeros."""
         if begin >= end:
             return
-        if self._below is None:
-            leaf, self._chain = self.parent, []
-            while leaf is not None:
-                self._chain.append(leaf)
-                leaf = leaf.parent
-            self._below = Below([(leaf.states, leaf.size) for leaf in self._chain])
+        below = self._below or self._look_below()
         first = begin // BLOCK
-        for start, blocks, layer in self._below.runs(first, (end - 1) // BLOCK - first + 1):
+        for start, blocks, layer in below.runs(first, (end - 1) // BLOCK - first + 1):
             if layer != ZEROS:
-                low, high = max(begin, start * BLOCK), min(end, (start + blocks) * BLOCK, self._below.limits[layer])
+                low, high = max(begin, start * BLOCK), min(end, (start + blocks) * BLOCK, below.limits[layer])
                 yield low, self._chain[layer]._home(low, high - low)
+
+    def _look_below(self) -> Below:
+        leaf, self._chain = self.parent, []
+        while leaf is not None:
+            self._chain.append(leaf)
+            leaf = leaf.parent
+        self._below = Below([(leaf.states, leaf.size) for leaf in self._chain])
+        return self._below
 
     def _home(self, offset: int, length: int) -> bytes:
         data = self.file.read(offset, length)

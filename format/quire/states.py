@@ -63,10 +63,14 @@ class States:
                 begin, state = block, now
         yield begin, start + length - begin, state
 
-    def unpacked(self, number: int) -> NDArray[np.uint8]:
-        """The states of the blocks of a map page, one by one."""
-        unpacked: NDArray[np.uint8] = _UNPACK[self._array[number * PAYLOAD : (number + 1) * PAYLOAD]].ravel()
-        return unpacked
+    def set_blocks(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The blocks of a map page whose state is not 0, counted from its first, and their states."""
+        packed = self._array[number * PAYLOAD : (number + 1) * PAYLOAD]
+        used = np.flatnonzero(packed)
+        states = _UNPACK[packed[used]].ravel()
+        blocks = (used[:, None] * 4 + np.arange(4)).ravel()
+        here = states > 0
+        return blocks[here], states[here]
 
     def page(self, number: int) -> bytes:
         """The payload of a map page."""
