@@ -30,7 +30,8 @@ FLOORS = [
     {"cycle"},
     {"loop", "bundle"},
     {"gate", "replay", "inspection", "rescue", "compare"},
-    {"fuzz"},
+    {"fuzz", "probes"},
+    {"scoreboard"},
     {"commands"},
     {"cli", "__main__"},
 ]

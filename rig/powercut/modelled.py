@@ -7,8 +7,10 @@ drawn from the scenario's seed, and defects can be planted in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+import numpy as np
 
 from powercut import __version__, stamp
 from powercut.errors import InputError
@@ -19,7 +21,7 @@ from powercut.formats.qcow2.driver.image import Backing, Image
 from powercut.formats.qcow2.driver.opening import open_image
 from powercut.formats.qcow2.driver.practice import Practice
 from powercut.formats.qcow2.driver.schedule import Together
-from powercut.guest.past import Past
+from powercut.guest.past import Content, Past
 from powercut.guest.workload import Operation, Verb
 from powercut.operations import operations
 from powercut.scenario import Scenario, parse_size
@@ -92,7 +94,8 @@ class _Running:
 
 
 class Drive:
-    """Drives operations through the driver over `file`; with a writer, each is marked in its trace."""
+    """Drives operations through the driver over `file`; with a writer, each is marked in its trace. `closed` is called
+    whenever the image was closed."""
 
     def __init__(
         self,
@@ -102,9 +105,10 @@ class Drive:
         scenario: Scenario,
         writer: TraceWriter | None = None,
         guest: int = -1,
+        closed: Callable[[], None] = lambda: None,
     ) -> None:
         self._file, self._practice, self._backing = file, practice, backing
-        self._writer, self._guest = writer, guest
+        self._writer, self._guest, self.closed = writer, guest, closed
         self._depth = scenario.workload.depth
         size = parse_size(scenario.size)
         self._past = Past(size, size, min(size, parse_size(scenario.backing or "0")))
@@ -112,16 +116,27 @@ class Drive:
         self._running: dict[int, _Running] = {}
         self._epoch = 0
         self.errors: dict[int, OSError] = {}  # what failed, by the operation's number
+        self.uncertain = np.zeros(size // SECTOR, dtype=np.bool_)  # sectors that a failed request may have changed
         self.image = self._open()
+
+    @property
+    def content(self) -> Content:
+        """What the guest's disk should hold."""
+        return self._past.now
 
     def all(self, work: Iterable[Operation]) -> None:
         """Run all operations, in order, as many at once as the scenario says, and close the image. Raises OSError."""
         for number, operation in enumerate(work, 1):
             self.one(number, operation)
-        self._together.drain()
-        run(self.image.close(), self._file)
+        self.close()
         for error in self.errors.values():
             raise error
+
+    def close(self) -> None:
+        """Wait for what is in flight and close the image in an orderly way."""
+        self._together.drain()
+        run(self.image.close(), self._file)
+        self.closed()
 
     def one(self, number: int, operation: Operation) -> None:
         """Start one operation; what the host does to the image is done when this returns."""
@@ -155,11 +170,14 @@ class Drive:
         running = self._running.pop(number)
         if self._writer is not None:
             self._writer.complete(running.mark, 0 if error is None else error.errno or 5)
+        operation = running.operation
+        where = slice(operation.offset // SECTOR, (operation.offset + operation.length) // SECTOR)
+        self.uncertain[where] = error is not None
         if error is not None:
             self.errors[number] = error
         else:
-            self._past.done(number, running.operation)
-            self._epoch += running.operation.kind is Kind.FLUSH
+            self._past.done(number, operation)
+            self._epoch += operation.kind is Kind.FLUSH
 
     def _conflicts(self, operation: Operation) -> bool:
         end = operation.offset + operation.length
@@ -183,7 +201,7 @@ class Drive:
             case Verb.DELETE:
                 run(snapshots.delete(self.image, name), self._file)
             case Verb.REOPEN:
-                run(self.image.close(), self._file)
+                self.close()
                 self.image = self._open()
             case _:
                 raise InputError(f"the model of the driver does not {operation.verb}")

@@ -29,6 +29,7 @@ COMMANDS = (
     "fuzz",
     "races",
     "loop",
+    "defects",
 )
 
 

@@ -57,6 +57,11 @@ class Past:
         self._largest = size
         self._snapshots: dict[str, Content] = {}
 
+    @property
+    def now(self) -> Content:
+        """The disk as it is now."""
+        return self._now
+
     def done(self, number: int, operation: Operation) -> None:
         """Request `number` of the guest was answered."""
         where = slice(operation.offset // SECTOR, (operation.offset + operation.length) // SECTOR)

@@ -13,6 +13,7 @@ With lazy refcounts the first rule is replaced by the dirty bit: refcounts are r
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -179,8 +180,8 @@ class Core:
 
 
 def pack(entries: list[int]) -> bytes:
-    return b"".join(entry.to_bytes(8, "big") for entry in entries)
+    return struct.pack(f">{len(entries)}Q", *entries)
 
 
 def unpack(data: bytes) -> list[int]:
-    return [int.from_bytes(data[i : i + 8], "big") for i in range(0, len(data), 8)]
+    return list(struct.unpack(f">{len(data) // 8}Q", data))

@@ -164,10 +164,10 @@ class Recorded:
 
 
 class Failing:
-    """Fails request number `at` (from 0, reads included) and the `times - 1` after it with `error`."""
+    """Fails request number `at` (from 0, reads included) with `error`; if `full`, every later write too."""
 
-    def __init__(self, below: File, at: int, times: int, error: int) -> None:
-        self._below, self._at, self._stop, self._error = below, at, at + times, error
+    def __init__(self, below: File, at: int, full: bool, error: int) -> None:
+        self._below, self._at, self._full, self._error = below, at, full, error
         self.asked = 0
 
     def begin(self, ask: Ask) -> Any:
@@ -176,7 +176,7 @@ class Failing:
 
     def finish(self, ask: Ask, begun: Any) -> bytes:
         number, below = begun
-        if self._at <= number < self._stop:
+        if number == self._at or (self._full and 0 <= self._at < number and ask.kind == Kind.WRITE):
             raise OSError(self._error, os.strerror(self._error))
         return self._below.finish(ask, below)
 

@@ -153,12 +153,7 @@ class Image(Mapping):
             return size
         size = min(len(data), (allocation.count << self.bits) - inner)
         try:
-            if self.practice.has("l2-before-refcount"):
-                await self._link(allocation)
-                await self.tables.write()
             await self._write_new(allocation, offset, data[:size])
-            if not self.practice.has("l2-before-refcount"):
-                await self._link(allocation)
         finally:
             self._allocating.remove(allocation)
             allocation.done = True
@@ -172,16 +167,21 @@ class Image(Mapping):
         return allocation
 
     async def _write_new(self, allocation: Allocation, offset: int, data: memoryview) -> None:
-        """Write data to new clusters, and around it what was there before."""
+        """Write data to new clusters, around it what was there before, and put them into the L2 table."""
         begin, end = allocation.cluster << self.bits, (allocation.cluster + allocation.count) << self.bits
         stop = offset + len(data)
         try:
             head, tail = await self._old(begin, offset - begin), await self._old(stop, end - stop)
+            if self.practice.has("l2-before-refcount"):
+                await self._link(allocation)
+                await self.tables.write()
             await host.write(allocation.offset, head + bytes(data) + tail)
         except OSError:
             async with self.lock:
                 await self.refcounts.free(allocation.offset, allocation.count << self.bits)
             raise
+        if not self.practice.has("l2-before-refcount"):
+            await self._link(allocation)
 
     async def _link(self, allocation: Allocation) -> None:
         """Put new clusters into the L2 table, and give up what was there."""
@@ -191,13 +191,13 @@ class Image(Mapping):
             old = [self.entry(place, index + i) for i in range(allocation.count)]
             new = [allocation.offset + (i << self.bits) | q.COPIED for i in range(allocation.count)]
             await self.set_entries(place, index, new)
-            await self._give_up(old)
+            await self._give_up(old, swapped=not self.practice.has("l2-free-unswapped"))
 
-    async def _give_up(self, entries: Sequence[int]) -> None:
-        """Give up the clusters that L2 entries pointed to."""
+    async def _give_up(self, entries: Sequence[int], *, swapped: bool = True) -> None:
+        """Give up the clusters that L2 entries pointed to. Not `swapped`: the entries are taken as they are on disk."""
         for entry in entries:
             offset, length = self.extent(entry)
-            if length and self.practice.has("l2-free-unswapped"):
+            if length and not swapped:
                 offset = int.from_bytes(entry.to_bytes(8, "big"), "little") & ~q.COPIED
             if length:
                 await self.free_later(offset, length)

@@ -63,7 +63,7 @@ class Refcounts:
             if self._practice.has("alloc-zero-unchecked"):
                 return 0
             raise
-        if offset == 0 and not self._practice.through:
+        if offset == 0 and not self._practice.through and not self._practice.has("alloc-zero-unchecked"):
             raise OSError(errno.EIO, "cluster 0 is counted as free")
         return offset
 
@@ -103,11 +103,12 @@ class Refcounts:
 
     async def _undo(self, first: int, stop: int, addend: int) -> None:
         """Take back what was done to clusters `first` to `stop - 1`."""
-        if self._practice.has("refcount-rollback") and first == stop:
-            # Nothing was done. The first and the last changed index are -1, which was taken for a sector's.
-            block = next((offset for offset in reversed(self.table) if offset), 0)
+        if self._practice.has("refcount-rollback") and (first == stop or stop % self.per_block == 0):
+            # Nothing was changed in this block: the first and last changed index, -1, were taken for a sector's.
             with contextlib.suppress(OSError):
-                await host.write(block, UNINITIALISED)
+                place = await self.cache.load(next(offset for offset in reversed(self.table) if offset))
+                self.cache.memory[place : place + q.SECTOR] = UNINITIALISED
+                await self.cache.changed(place, 0, q.SECTOR)
             return
         for cluster in range(first, stop):
             with contextlib.suppress(OSError):
