@@ -12,8 +12,11 @@ import numpy as np
 from powercut.disk import ImageDisk
 from powercut.errors import InputError
 from powercut.formats.qcow2.check import Check, check
-from powercut.formats.qcow2.forensics.anatomy import Anatomy, dissect, header_document
+from powercut.formats.qcow2.forensics.anatomy import Anatomy, header_document
+from powercut.formats.qcow2.forensics.dissect import dissect
 from powercut.formats.qcow2.forensics.first import First, look
+from powercut.formats.qcow2.forensics.layers import Layers, all_references, clean, of
+from powercut.formats.qcow2.forensics.losses import Loss, losses
 from powercut.report.text import count, progress
 
 SCHEMA = "powercut.check/1"
@@ -42,8 +45,25 @@ def inspect(path: str, format: str | None) -> Inspection:
         raise InputError(f"{path}: not an image of a known format: begins with {disk.read(0, 16).tobytes()!r}")
     damaged = bool(result.problems or result.corruptions or result.check_errors or result.aborted)
     remains = _remains(path, disk) if result.header is None else None
-    text = "\n".join([_text(path, result), *([] if remains is None else _remains_text(path, remains))])
-    return Inspection(int(damaged), text, _document(path, result, damaged, remains))
+    hidden = _hidden(path, disk) if result.leaks and not result.aborted else []
+    lines = [_text(path, result, bool(hidden)), *([] if remains is None else _remains_text(path, remains))]
+    lines += [f"  suspicion: {loss.text}" for loss in hidden]
+    if hidden:
+        lines.append(
+            "  qemu-img check calls these leaks harmless; to repair them is to throw away what a rescue may find"
+        )
+    document = _document(path, result, damaged or bool(hidden), remains, hidden)
+    return Inspection(int(document["damaged"]), "\n".join(lines), document)
+
+
+def _hidden(path: str, disk: ImageDisk) -> list[Loss]:
+    """What is lost in an image that has leaks and nothing worse."""
+    anatomy = dissect(path, disk)
+    assert anatomy is not None, "the header is there"
+    layers = of(anatomy)
+    clean(layers, anatomy, [])
+    working = Layers(disk, anatomy.header, layers, disk.size)
+    return losses(anatomy, working, all_references(working, -(-disk.size >> anatomy.header.cluster_bits)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +89,20 @@ def _remains_text(path: str, remains: Remains) -> list[str]:
     return [*lines, f"  powercut rescue {shlex.quote(path)} --out NEW.qcow2"]
 
 
-def _word(result: Check) -> str:
+def _word(result: Check, suspicious: bool) -> str:
     if not result.is_qcow2:
         return "DAMAGED: the header is gone"
     if result.header is None:
         return "DAMAGED: cannot be opened"
     if result.corruptions or result.problems or result.check_errors or result.aborted:
         return "DAMAGED"
+    if suspicious:
+        return "SUSPECT: the leaks may be lost data"
     return "clean, but for leaks" if result.leaks else "clean"
 
 
-def _text(path: str, result: Check) -> str:
-    lines = [f"{path}: qcow2, {_word(result)}"]
+def _text(path: str, result: Check, suspicious: bool) -> str:
+    lines = [f"{path}: qcow2, {_word(result, suspicious)}"]
     if result.header is not None:
         header = result.header
         lines.append(
@@ -114,14 +136,14 @@ def _runs(numbers: list[int]) -> str:
     return ", ".join(words) + (" ..." if len(runs) > _SHOWN else "")
 
 
-def _document(path: str, result: Check, damaged: bool, remains: Remains | None) -> dict[str, Any]:
+def _document(path: str, result: Check, damaged: bool, remains: Remains | None, hidden: list[Loss]) -> dict[str, Any]:
     anatomy = remains and remains.anatomy
     return {
         "schema": SCHEMA,
         "image": path,
         "format": "qcow2",
         "damaged": damaged,
-        "summary": _word(result),
+        "summary": _word(result, bool(hidden)),
         "corruptions": result.corruptions,
         "leaks": result.leaks,
         "leaked_clusters": _leaked(result),
@@ -133,6 +155,7 @@ def _document(path: str, result: Check, damaged: bool, remains: Remains | None) 
             for p in result.problems
         ],
         "omitted": result.omitted,
+        "suspicions": [{"kind": loss.kind, "text": loss.text} for loss in hidden],
         "offset_zero": {"kind": remains.at_zero.kind, "text": remains.at_zero.text} if remains else None,
         "header_was": header_document(anatomy) if anatomy else None,
     }

@@ -11,7 +11,8 @@ from powercut.disk import ImageDisk
 from powercut.errors import InputError
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.forensics import first, rebuild
-from powercut.formats.qcow2.forensics.anatomy import Anatomy, dissect, header_document
+from powercut.formats.qcow2.forensics.anatomy import Anatomy, header_document
+from powercut.formats.qcow2.forensics.dissect import dissect
 from powercut.formats.qcow2.forensics.headers import backing_name
 from powercut.formats.qcow2.forensics.notes import Certainty, Note, guessed, recovered
 from powercut.report.text import progress

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.qcow2.images import TIMEOUT
+from formats.qcow2.handmade import set_refcount
+from formats.qcow2.images import TIMEOUT, Mutator
 
 MBR = bytes(446) + bytes([0x80, 1, 1, 0, 0x83, 254, 255, 255]) + (2048).to_bytes(4, "little")
 MBR += (2048).to_bytes(4, "little") + bytes(48) + b"\x55\xaa"
@@ -79,3 +80,20 @@ def seen(path: Path, read: Callable[[Path], dict[str | None, str]] = truth) -> d
         return read(path)
     except subprocess.CalledProcessError as error:
         return str(error.stderr)
+
+
+def l2_over_header(path: Path, *, patched: bool, snapshot_after: bool = False) -> None:
+    """What QEMU of early 2009 did once cluster 0 was free (version 2 images): the copy of a shared L2 table goes to
+    offset 0. Then, if `patched`, the header's snapshot count and offset go to bytes 60 to 71 of that table; and
+    with `snapshot_after`, the copied flag of its L1 entry is gone, so that the entry is 0."""
+    image = bytearray(path.read_bytes())
+    m = Mutator(bytes(image))
+    index = next(i for i in range(m.l1_size) if image[m.l1 + 8 * i] & 0x80)
+    old = int.from_bytes(image[m.l1 + 8 * index : m.l1 + 8 * index + 8], "big") & ~(1 << 63)
+    table = bytearray(image[old : old + m.cluster])
+    if patched:
+        struct.pack_into(">IQ", table, 60, m.snapshots_count, m.snapshots)
+    image[: m.cluster] = table
+    struct.pack_into(">Q", image, m.l1 + 8 * index, 0 if snapshot_after else 1 << 63)
+    set_refcount(image, m.blocks[0], 4, old // m.cluster, 0)
+    path.write_bytes(image)

@@ -6,7 +6,6 @@ what cannot be found is guessed; the notes tell which is which.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,18 +13,16 @@ import numpy as np
 
 from powercut.disk import Disk
 from powercut.formats.qcow2 import layout as q
-from powercut.formats.qcow2.check import check
 from powercut.formats.qcow2.entries import U64
 from powercut.formats.qcow2.forensics import geometry as geometries
-from powercut.formats.qcow2.forensics import headers, snapshots
+from powercut.formats.qcow2.forensics import snapshots
 from powercut.formats.qcow2.forensics.geometry import Geometry
 from powercut.formats.qcow2.forensics.guest import Guest, told_size
 from powercut.formats.qcow2.forensics.notes import Note, guessed, recovered
-from powercut.formats.qcow2.forensics.overlay import Overlaid
-from powercut.formats.qcow2.forensics.roots import Candidate, l1_candidates, whole_tables
-from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, scan
+from powercut.formats.qcow2.forensics.roots import Candidate, Tables, any_extended, l1_candidates, whole_tables
+from powercut.formats.qcow2.forensics.scan import SECTOR, Scan
 from powercut.formats.qcow2.forensics.snapshots import Saved
-from powercut.formats.qcow2.header import Header, read_header
+from powercut.formats.qcow2.header import Header
 
 
 @dataclass
@@ -60,27 +57,8 @@ class Anatomy:
         return {cluster for offset, length in places for cluster in _clusters(offset, length, bits)}
 
 
-def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda done, of: None) -> Anatomy | None:
-    """Take the image apart. None if nothing of a qcow2 image is left that could be recognised."""
-    header = read_header(disk).header
-    if header is not None:
-        return _by_header(disk, header, True, [])
-    header = headers.without_magic(disk)
-    if header is not None:
-        note = recovered("header", "all of it but its first 8 bytes is there")
-        return _by_header(disk, header, False, [note])
-    found = scan(path, disk.size, progress)
-    tried = [a for g in geometries.find(disk, found) for a in _by_structure(disk, found, g)]
-    return min(tried, key=_unexplained) if len(tried) > 1 else next(iter(tried), None)
-
-
-def _unexplained(anatomy: Anatomy) -> int:
-    """How much does not fit together if the header was this one."""
-    result = check(Overlaid(anatomy.disk, {0: headers.pack(anatomy.header)}), trust_dirty=True)
-    return result.corruptions + result.leaks + (1 << 40) * bool(result.aborted)
-
-
-def _by_header(disk: Disk, header: Header, intact: bool, notes: list[Note]) -> Anatomy:
+def by_header(disk: Disk, header: Header, intact: bool, notes: list[Note]) -> Anatomy:
+    """The parts as this header has them."""
     size = max(0, min(header.refcount_table_clusters * header.cluster_size, disk.size - header.refcount_table_offset))
     table = disk.read(header.refcount_table_offset, size // 8 * 8).view(q.BE64)
     blocks = tuple((table & q.REFCOUNT_TABLE_OFFSET_MASK).astype(np.int64).tolist())
@@ -100,7 +78,7 @@ def _by_header(disk: Disk, header: Header, intact: bool, notes: list[Note]) -> A
     return Anatomy(disk, header, intact, geometry, l1, saved, [snapshots.entries(disk, s) for s in saved], notes)
 
 
-def _by_structure(disk: Disk, found: Scan, geometry: Geometry) -> list[Anatomy]:
+def by_structure(disk: Disk, found: Scan, geometry: Geometry) -> list[Anatomy]:
     """Anatomies with this geometry, one for each of the likely L1 tables."""
     tables = whole_tables(disk, found, geometry)
     bare = _bare(geometry)
@@ -109,7 +87,7 @@ def _by_structure(disk: Disk, found: Scan, geometry: Geometry) -> list[Anatomy]:
     taken = Anatomy(disk, bare, False, geometry, without_l1, saved, []).metadata() - {0}
     candidates = l1_candidates(disk, found, geometry, tables, taken)
     best: list[Candidate | None] = [c for c in candidates[:3] if c.share >= candidates[0].share - 0.2]
-    return [_assembled(disk, geometry, bare, saved, candidate) for candidate in best or [None]]
+    return [_assembled(disk, geometry, tables, bare, saved, candidate) for candidate in best or [None]]
 
 
 def _clusters(offset: int, length: int, bits: int) -> range:
@@ -139,9 +117,11 @@ def _snapshot_table(disk: Disk, found: Scan, geometry: Geometry, bare: Header) -
     return best
 
 
-def _assembled(disk: Disk, geometry: Geometry, bare: Header, saved: list[Saved], active: Candidate | None) -> Anatomy:
-    extended = active is not None and active.extended
+def _assembled(
+    disk: Disk, geometry: Geometry, tables: Tables, bare: Header, saved: list[Saved], active: Candidate | None
+) -> Anatomy:
     saved_l1 = [snapshots.entries(disk, one) for one in saved]
+    extended = any_extended([active.entries] if active is not None else saved_l1, tables, geometry)
     l1 = active.entries if active is not None else np.zeros(0, dtype=np.uint64)
     header = replace(
         bare,
@@ -210,6 +190,8 @@ def _notes(anatomy: Anatomy, active: Candidate | None) -> list[Note]:
         used = int(np.count_nonzero(active.entries))
         text = f"at {header.l1_table_offset:#x}, {used} of its entries in use"
         notes.append(recovered("L1 table", text) if active.share == 1 else guessed("L1 table", text))
+    else:
+        notes.append(guessed("L1 table", "none was found: empty, or gone"))
     if header.version == 2:
         notes.append(recovered("version", "2: a snapshot lacks what version 3 wants"))
     elif header.refcount_order != 4 or header.extended_l2:

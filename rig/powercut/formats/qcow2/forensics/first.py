@@ -109,7 +109,8 @@ def _under_header(disk: Disk, anatomy: Anatomy) -> First:
     words = disk.read(0, anatomy.header.cluster_size).view(q.BE64).astype(np.uint64)
     covered = -(-anatomy.header.header_length // 8)
     words[:covered] = 0
-    words[~plausible(words, reach(disk.size))] = 0
+    if not words.any() or not plausible(words, reach(disk.size)).all():
+        return First("header", "the header")
     text = f"the header, and under it an L2 table that lost its first {covered} entries"
     start = homes[0][1] * anatomy.coverage
     gone = guest_range(start, start + covered * anatomy.header.cluster_size)

@@ -66,7 +66,7 @@ def read_counts(disk: Disk, blocks: tuple[int, ...], bits: int, order: int) -> C
     counts = np.zeros(min(total, len(blocks) * per_block), dtype=np.uint16)
     for number, offset in enumerate(blocks):
         start, stop = number * per_block, min(len(counts), (number + 1) * per_block)
-        if offset and offset % cluster == 0 and offset < disk.size and start < stop:
+        if 0 < offset < disk.size and offset % cluster == 0 and start < stop:
             counts[start:stop] = np.minimum(decode(disk.read(offset, cluster), order)[: stop - start], 65535)
     return counts
 

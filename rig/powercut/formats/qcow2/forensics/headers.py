@@ -45,8 +45,9 @@ def _extension(kind: int, data: bytes) -> bytes:
     return struct.pack(">II", kind, len(data)) + data.ljust(-(-len(data) // 8) * 8, b"\0")
 
 
-def without_magic(disk: Disk) -> Header | None:
-    """The header of an image that lost no more than its first 8 bytes; None if it lost more."""
+def without_magic(disk: Disk) -> list[Header]:
+    """What the header may be if no more than its first 8 bytes, magic and version, are lost."""
+    found = []
     for version in (3, 2):
         start = struct.pack(">II", q.MAGIC, version)
         header = read_header(Overlaid(disk, {0: start})).header
@@ -54,8 +55,8 @@ def without_magic(disk: Disk) -> Header | None:
             continue
         tables = (header.l1_table_offset, header.refcount_table_offset)
         if all(0 < offset < disk.size for offset in tables) and (version == 2 or header.header_length in (104, 112)):
-            return header
-    return None
+            found.append(header)
+    return found
 
 
 def backing_name(disk: Disk) -> bytes | None:

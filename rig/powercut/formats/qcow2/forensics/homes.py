@@ -16,7 +16,7 @@ import numpy as np
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import I64, U64
 from powercut.formats.qcow2.forensics.anatomy import Anatomy
-from powercut.formats.qcow2.forensics.layers import Layers, count_references, of
+from powercut.formats.qcow2.forensics.layers import Layers, all_references, clean, of
 from powercut.formats.qcow2.forensics.notes import Note, guessed, guest_range, lost, recovered
 from powercut.formats.qcow2.forensics.overlay import Overlaid
 
@@ -117,15 +117,12 @@ class _owed:  # noqa: N801 - a closure with a name
         total = -(-disk.size >> header.cluster_bits)
         place = total << header.cluster_bits
         layers = of(anatomy)
-        for number, index in homes_of_first(anatomy, words)[0]:
+        homes = homes_of_first(anatomy, words)[0]
+        clean(layers, anatomy, homes)
+        for number, index in homes:
             layers[number].l1[index] = place
-        for layer in layers:
-            layer.l1[layer.l1 & _OFFSET >= np.uint64(place + 1)] = 0
-            layer.l1[layer.l1 & np.uint64(header.cluster_size - 1) != 0] = 0
-        working = Layers(Overlaid(disk, {place: words.astype(q.BE64).tobytes()}), header, layers)
-        self._refs = count_references(working, total + 1)
-        places, weight, _ = working.places()
-        self._refs[places >> self._bits] += weight.astype(np.uint32)
+        working = Layers(Overlaid(disk, {place: words.astype(q.BE64).tobytes()}), header, layers, disk.size)
+        self._refs = all_references(working, total + 1)
         self._refs[[c for c in anatomy.metadata() if c < len(self._refs)]] = 1 << 30
 
     def __call__(self, offset: int) -> bool:

@@ -19,8 +19,17 @@ from powercut.formats.qcow2.forensics.anatomy import Anatomy
 from powercut.formats.qcow2.forensics.notes import Note, guest_range, lost
 from powercut.formats.qcow2.header import Header
 
+_TOLD = 20  # damaged L1 entries of a layer that are told one by one
 _BATCH = 1 << 20  # entries that are looked at together
 _HARMLESS = {"compressed-copied", "v2-zero-flag"}  # a flag that is wrong, beside a mapping that is right
+_DEFECTS = {
+    **DEFECTS,
+    "in-header": "the host range is the header's",
+    "cut-off": "the host range reaches beyond the end of the file",
+}
+
+
+Refs = NDArray[np.uint32]
 
 
 @dataclass
@@ -45,6 +54,7 @@ class Layers:
     disk: Disk
     header: Header
     layers: list[Layer]
+    size: int  # of the damaged file: what points beyond it points to nothing
     notes: list[Note] = field(default_factory=list)
 
     def places(self) -> tuple[I64, I64, I64]:
@@ -77,10 +87,11 @@ class Layers:
             words = words.astype(np.uint64)
             entry = np.ascontiguousarray(words[:, ::per])
             bitmap = np.ascontiguousarray(words[:, 1::2]) if per == 2 else None
-            examined = examine(
-                entry.reshape(-1), None if bitmap is None else bitmap.reshape(-1), header, self.disk.size
-            )
+            examined = examine(entry.reshape(-1), None if bitmap is None else bitmap.reshape(-1), header, self.size)
             damage = [(name, mask) for name, mask in examined.defects if name not in _HARMLESS]
+            beyond = examined.last >= -(-self.size >> header.cluster_bits)
+            damage += [("in-header", examined.refers & (examined.first == 0)), ("cut-off", examined.refers & beyond)]
+            damage = [(name, mask) for name, mask in damage if mask.any()]
             notes = [self._damage(name, mask, first[at : at + step]) for name, mask in damage]
             changed = np.zeros(len(part), dtype=np.bool_)
             for _, mask in damage:
@@ -98,7 +109,7 @@ class Layers:
         start = (index * per_table + slot) * cluster
         more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
         where = f"{layer.name}: {guest_range(start, start + cluster)}{more}"
-        return lost("guest data", f"{where}: {DEFECTS[name]}; emptied")
+        return lost("guest data", f"{where}: {_DEFECTS[name]}; emptied")
 
     def home(self, number: int) -> tuple[Layer, int]:
         """The layer and the index of an L1 entry that `places` numbers."""
@@ -114,7 +125,29 @@ def of(anatomy: Anatomy) -> list[Layer]:
     return [Layer("the active layer", anatomy.l1.copy()), *(Layer(s.called, l1.copy()) for s, l1 in snapshots)]
 
 
-def count_references(layers: Layers, total: int, *, tell: bool = False) -> NDArray[np.uint32]:
+def clean(layers: list[Layer], anatomy: Anatomy, homes: list[tuple[int, int]]) -> list[Note]:
+    """Empty the L1 entries that point to no place for a table, but for `homes` (layer, index), and take off the flags
+    of the others. What was emptied."""
+    notes = []
+    for number, layer in enumerate(layers):
+        offset = layer.l1 & q.OFFSET_MASK
+        bad = (layer.l1 & q.L1_RESERVED != 0) | (offset & np.uint64(anatomy.header.cluster_size - 1) != 0)
+        bad |= (offset >= np.uint64(anatomy.disk.size)) | ((offset == 0) & (layer.l1 != 0))
+        bad[[index for owner, index in homes if owner == number]] = False
+        for index in np.flatnonzero(bad)[:_TOLD].tolist():
+            start = index * anatomy.coverage
+            where = f"{layer.name}: {guest_range(start, start + anatomy.coverage)}"
+            notes.append(lost("guest data", f"{where}: L1 entry {int(layer.l1[index]):#x} points to no L2 table"))
+        if (more := int(np.count_nonzero(bad)) - _TOLD) > 0:
+            notes.append(lost("guest data", f"{layer.name}: {more:,} more L1 entries point to no L2 table"))
+        layer.l1[bad] = 0
+        layer.l1 &= q.OFFSET_MASK
+        if not len(layer.l1):
+            layer.l1 = np.zeros(1, dtype=np.uint64)
+    return notes
+
+
+def count_references(layers: Layers, total: int, *, tell: bool = False) -> Refs:
     """How often L2 entries refer to each of the first `total` clusters, by the paths that lead there."""
     refs = np.zeros(total, dtype=np.uint32)
     for batch in layers.tell_damage() if tell else layers.batches():
@@ -125,7 +158,15 @@ def count_references(layers: Layers, total: int, *, tell: bool = False) -> NDArr
     return refs
 
 
-def set_copied(batch: Batch, header: Header, refs: NDArray[np.uint32]) -> None:
+def all_references(layers: Layers, total: int, *, tell: bool = False) -> Refs:
+    """The same with the references of L1 entries to L2 tables."""
+    refs = count_references(layers, total, tell=tell)
+    places, weight, _ = layers.places()
+    np.add.at(refs, places >> layers.header.cluster_bits, weight.astype(np.uint32))
+    return refs
+
+
+def set_copied(batch: Batch, header: Header, refs: Refs) -> None:
     """The copied flag where the only reference to a cluster is this one, and nowhere else."""
     per = header.l2_entry_size // 8
     entry = batch.words[:, ::per]

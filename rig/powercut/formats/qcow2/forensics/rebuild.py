@@ -22,7 +22,16 @@ from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.forensics import headers
 from powercut.formats.qcow2.forensics.anatomy import Anatomy
 from powercut.formats.qcow2.forensics.first import First
-from powercut.formats.qcow2.forensics.layers import Layer, Layers, count_references, of, set_copied
+from powercut.formats.qcow2.forensics.layers import (
+    Layer,
+    Layers,
+    all_references,
+    clean,
+    count_references,
+    of,
+    set_copied,
+)
+from powercut.formats.qcow2.forensics.losses import losses
 from powercut.formats.qcow2.forensics.notes import Note, guessed, guest_range, lost, recovered
 from powercut.formats.qcow2.forensics.scan import pieces
 
@@ -62,8 +71,8 @@ def rebuild(
         new = _Growing(fd, header.cluster_bits, -(-disk.size >> header.cluster_bits))
         _copy(source, disk.size, new, progress)
         layers = of(anatomy)
-        notes = _settle_first(anatomy, first, layers, new)
-        notes += _clean_l1(layers, anatomy, disk.size, new)
+        notes = clean(layers, anatomy, first.homes)
+        notes += _settle_first(anatomy, first, layers, new)
         notes += _write_anew(anatomy, layers, new, out)
         os.fsync(fd)
     finally:
@@ -97,31 +106,13 @@ def _settle_first(anatomy: Anatomy, first: First, layers: list[Layer], new: _Gro
     return [told("L2 table", text), *first.notes]
 
 
-def _clean_l1(layers: list[Layer], anatomy: Anatomy, size: int, new: _Growing) -> list[Note]:
-    """Empty the L1 entries that point to no place for a table."""
-    notes = []
-    limit = np.uint64(new.clusters << new.bits)
-    for layer in layers:
-        offset = layer.l1 & q.OFFSET_MASK
-        bad = (layer.l1 & q.L1_RESERVED != 0) | (offset & np.uint64(anatomy.header.cluster_size - 1) != 0)
-        bad |= (offset >= limit) | ((offset == 0) & (layer.l1 != 0))
-        for index in np.flatnonzero(bad)[:20].tolist():
-            start = index * anatomy.coverage
-            where = f"{layer.name}: {guest_range(start, start + anatomy.coverage)}"
-            notes.append(lost("guest data", f"{where}: L1 entry {int(layer.l1[index]):#x} points to no L2 table"))
-        if (more := int(np.count_nonzero(bad)) - 20) > 0:
-            notes.append(lost("guest data", f"{layer.name}: {more:,} more L1 entries point to no L2 table"))
-        layer.l1[bad] = 0
-        layer.l1 &= q.OFFSET_MASK
-    return notes
-
-
 def _write_anew(anatomy: Anatomy, layers: list[Layer], new: _Growing, out: str) -> list[Note]:
     header, bits = anatomy.header, anatomy.header.cluster_bits
     new.fill_up()
-    working = Layers(ImageDisk(out), header, layers)
+    working = Layers(ImageDisk(out), header, layers, anatomy.disk.size)
+    notes = _mend_losses(anatomy, working, new)
     refs = count_references(working, new.clusters, tell=True)
-    notes = _unclaimed(anatomy, working, refs)
+    notes += _unclaimed(anatomy, working, refs)
     notes += _part_tables_from_data(working, refs, new)
     new.fill_up()
     working.disk = ImageDisk(out)
@@ -136,7 +127,7 @@ def _write_anew(anatomy: Anatomy, layers: list[Layer], new: _Growing, out: str) 
         host = (layer.l1 >> bits).view(np.int64)
         layer.l1[(host != 0) & (refs[host] == 1)] |= np.uint64(q.COPIED)
     used = new.clusters
-    offsets = [new.add(layer.l1.astype(q.BE64).tobytes()) if len(layer.l1) else new.add(b"") for layer in layers]
+    offsets = [new.add(layer.l1.astype(q.BE64).tobytes()) for layer in layers]
     table = b"".join(
         one.packed(offset, len(layer.l1), header.size)
         for one, offset, layer in zip(anatomy.saved, offsets[1:], layers[1:], strict=True)
@@ -167,6 +158,18 @@ def _write_anew(anatomy: Anatomy, layers: list[Layer], new: _Growing, out: str) 
     return working.notes + notes
 
 
+def _mend_losses(anatomy: Anatomy, working: Layers, new: _Growing) -> list[Note]:
+    """Put back what the refcounts tell of entries that are gone."""
+    found = losses(anatomy, working, all_references(working, new.clusters))
+    for loss in found:
+        if loss.entry is not None:
+            number, index, offset = loss.entry
+            working.layers[number].l1[index] = offset
+        if loss.table is not None:
+            new.write(loss.table[0], loss.table[1].astype(q.BE64).tobytes())
+    return [guessed("lost entry", f"{o.text}: put back") if o.mended else lost("lost entry", o.text) for o in found]
+
+
 def _unclaimed(anatomy: Anatomy, working: Layers, refs: NDArray[np.uint32]) -> list[Note]:
     """Clusters that the old refcounts call used, and that nothing claims."""
     counts = anatomy.geometry.counts
@@ -175,7 +178,7 @@ def _unclaimed(anatomy: Anatomy, working: Layers, refs: NDArray[np.uint32]) -> l
     claimed = refs[: len(counts)] > 0
     places = working.places()[0] >> anatomy.header.cluster_bits
     known = [0, *anatomy.metadata(), *places.tolist()]
-    claimed[[cluster for cluster in known if cluster < len(claimed)]] = True
+    claimed[[cluster for cluster in known if 0 <= cluster < len(claimed)]] = True
     free = np.flatnonzero((counts > 0) & ~claimed)
     size = len(free) << anatomy.header.cluster_bits
     text = f"{len(free):,} clusters ({size:,} bytes) have a refcount, and no table maps them: taken as leaks"

@@ -53,7 +53,6 @@ class Candidate:
     cluster: int
     entries: U64  # as far as they go, without the zeros behind
     good: int  # entries that point to tables
-    extended: bool  # these are tables of extended L2 entries
 
     @property
     def share(self) -> float:
@@ -86,11 +85,20 @@ def _candidate(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not
     target = ((entries & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
     target = target[target != 0]
     standard, extended = (int(np.isin(target, kind).sum()) for kind in (tables.standard, tables.extended))
-    is_extended = extended > standard
+    is_extended = any_extended([entries], tables, geometry)
     known = tables.extended if is_extended else tables.standard
     others = target[~np.isin(target, known)][:64]
     empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in others)
-    return Candidate(cluster, entries, max(standard, extended) + (empty if standard or extended else 0), is_extended)
+    good = extended if is_extended else standard
+    return Candidate(cluster, entries, good + empty if good else 0)
+
+
+def any_extended(l1_tables: list[U64], tables: Tables, geometry: Geometry) -> bool:
+    """Whether the tables that these L1 tables point to have extended L2 entries."""
+    every = np.concatenate([np.zeros(0, dtype=np.uint64), *l1_tables])
+    target = ((every & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
+    standard, extended = (np.count_nonzero(np.isin(target, kind)) for kind in (tables.standard, tables.extended))
+    return bool(extended > standard) and geometry.cluster // q.SUBCLUSTERS >= SECTOR
 
 
 def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> U64:

@@ -1,0 +1,48 @@
+"""An image taken apart: by its header where that can be believed, else by the structures that explain most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from powercut.disk import Disk
+from powercut.formats.qcow2.check import check
+from powercut.formats.qcow2.forensics import geometry, headers
+from powercut.formats.qcow2.forensics.anatomy import Anatomy, by_header, by_structure
+from powercut.formats.qcow2.forensics.layers import Layers, all_references, clean, of
+from powercut.formats.qcow2.forensics.notes import recovered
+from powercut.formats.qcow2.forensics.scan import scan
+from powercut.formats.qcow2.header import read_header
+
+# Problems of what hangs from the header: with these, the header itself is in doubt.
+_SPINE = {"l1-reserved", "l1-unaligned", "overlapping-tables", "refcount-table", "snapshot-l1", "snapshot-table"}
+
+
+def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda done, of: None) -> Anatomy | None:
+    """Take the image apart. None if nothing of a qcow2 image is left that could be recognised."""
+    header = read_header(disk).header
+    if header is not None:
+        result = check(disk, trust_dirty=True)
+        if not result.aborted and not any(problem.kind in _SPINE for problem in result.problems):
+            return by_header(disk, header, True, [])
+    tried = [] if header is None else [by_header(disk, header, True, [])]
+    if header is None:
+        note = recovered("header", "all of it but its first 8 bytes is there")
+        tried = [by_header(disk, left, False, [note]) for left in headers.without_magic(disk)]
+    found = scan(path, disk.size, progress)
+    tried += [anatomy for g in geometry.find(disk, found) for anatomy in by_structure(disk, found, g)]
+    return max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)
+
+
+def _explained(anatomy: Anatomy) -> int:
+    """How many bytes of the file fit together: in use by the refcounts, and referred to that often. What contradicts
+    the refcounts counts against it."""
+    total = -(-anatomy.disk.size >> anatomy.header.cluster_bits)
+    layers = of(anatomy)
+    clean(layers, anatomy, [])
+    refs = all_references(Layers(anatomy.disk, anatomy.header, layers, anatomy.disk.size), total).astype(np.int64)
+    refs[[cluster for cluster in (0, *anatomy.metadata()) if 0 <= cluster < total]] += 1
+    counts = anatomy.geometry.count(np.arange(total)) if anatomy.geometry.counts is not None else refs
+    good = np.count_nonzero((refs > 0) & (refs <= counts))
+    return int(good - np.count_nonzero(refs > counts)) << anatomy.header.cluster_bits
