@@ -2,18 +2,37 @@
 crash section; each step here is a row there.
 
 `states` is what the leaf reads as now; `_committed` is what its synced records say. What differs is pending.
+
+A commit is one sync if a C record has room for it: the record carries checksums of the data that the same sync makes
+durable. Until something follows it, whoever opens the leaf verifies it; so the homes of its data must not change
+before an M follows. `unproven` says which homes these are, and `prove` writes the M.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterable, Iterator
 
 from quire.errors import ReadOnly
 from quire.identity import Identity
 from quire.journal import Journal, Record, Run
-from quire.layout import BLOCK, MAX_ENTRIES, ZERO, M, P, R
+from quire.layout import (
+    BLOCK,
+    CHECKED_RECORDS,
+    DATA,
+    DROPPED,
+    MAX_CHECKED,
+    MAX_ENTRIES,
+    MAX_VERIFIED,
+    ZERO,
+    C,
+    M,
+    P,
+    R,
+    checksum,
+)
 from quire.pages import MapPages
 from quire.states import States, pages_of
 from quire.store import File
@@ -41,17 +60,39 @@ class Commit:
         self._touched: list[tuple[int, int]] = []  # where something may be pending
         self._synced = 0  # `writes` when the last successful sync began
         self._stopped: str | None = "opened for reading"  # why nothing may be written
+        self._checked = False  # whether C records may be written
+        self._unproven: set[int] = set()  # blocks of data in a C that is the tail, or about to be
+        self._dropped: list[Run] = []  # entries of the tail that had not reached the disk when it was opened
 
     # ---- opening
 
     def replay(self, states: States, chain: list[Record]) -> None:
-        """Apply the records behind the checkpoint to what the map says."""
+        """Apply the records behind the checkpoint to what the map says. A C that is the tail is verified."""
         self.states = self._committed = states
-        for record in chain:
-            self._apply(record.entries)
+        for record, following in itertools.zip_longest(chain, chain[1:]):
+            if record.kind == C:
+                dropped = following.entries if following else self._verified(record)
+                gone = {entry[:2] for entry in dropped} if following is None or following.kind == R else set()
+                self._apply(entry for entry in record.entries if entry[:2] not in gone)
+            elif record.kind != R:
+                self._apply(record.entries)
 
-    def begin(self) -> None:
+    def _verified(self, record: Record) -> list[Run]:
+        """The entries of a C whose data is not what it says: they never became durable, nor were acknowledged."""
+        found = zip(record.entries, record.checks, self._checks(record.entries), strict=True)
+        self._dropped = [(start, count, DROPPED) for (start, count, _), said, seen in found if said != seen]
+        return self._dropped
+
+    def _checks(self, entries: list[Run]) -> list[int]:
+        """What a C says of its entries' data."""
+        return [
+            checksum(self.file.read(start * BLOCK, count * BLOCK)) if state == DATA else 0
+            for start, count, state in entries
+        ]
+
+    def begin(self, features: int) -> None:
         """From now on the leaf may be written to."""
+        self._checked = bool(features & CHECKED_RECORDS)
         used = {*self._dirty, *self._pages.generations.nonzero()[0].tolist()}
         self._committed = States(self.place.map_pages)
         for number in used:
@@ -59,9 +100,9 @@ class Commit:
         self._stopped = None
 
     def resolve(self) -> None:
-        """Say that the chain ends here, so that nothing behind it can ever continue it."""
+        """Say that the chain ends here, without what was dropped: nothing behind it can ever continue it."""
         with self._no_way_back():
-            self._append(R, [[]])
+            self._append(R, [self._dropped])
 
     # ---- what is pending
 
@@ -106,11 +147,33 @@ class Commit:
             with self.lock:
                 mark, pending = self.writes, self._pending()
                 punches, self.punches = self.punches, []
+                data = self._data(pending)
+                self._unproven |= data or set()
             with self._no_way_back():
-                self.file.sync()
-                self._write_pending(pending)
+                if data is not None:
+                    self._append(C, [pending], self._checks(pending))
+                else:
+                    self.file.sync()
+                    self._write_pending(pending)
             self._synced = mark
             self._punch(punches)
+
+    def unproven(self, first: int, last: int) -> bool:
+        """Whether the home of any block from `first` to `last` must not change yet. The caller holds `lock`."""
+        tail = self._unproven
+        if not tail:
+            return False
+        if last - first < len(tail):
+            return any(block in tail for block in range(first, last + 1))
+        return any(first <= block <= last for block in tail)
+
+    def prove(self) -> None:
+        """Make it known on disk that the tail is durable. Waits for a commit that is in progress."""
+        with self.commit_lock:
+            if self._unproven:
+                self.admit()
+                with self._no_way_back():
+                    self._append(M, [[]])
 
     def finish(self) -> None:
         """Flush, and prove the tail: nothing that was written can look like a crash any more."""
@@ -143,23 +206,32 @@ class Commit:
             self._stopped = f"an error stopped all writing until it is opened again: {error}"
             raise
 
+    def _data(self, pending: list[Run]) -> set[int] | None:
+        """The blocks of data in `pending`; None if no C has room for it, or there is nothing."""
+        blocks = sum(count for _, count, state in pending if state == DATA)
+        if not self._checked or not 0 < len(pending) <= MAX_CHECKED or blocks > MAX_VERIFIED:
+            return None
+        return {block for start, count, state in pending if state == DATA for block in range(start, start + count)}
+
     def _write_pending(self, pending: list[Run]) -> None:
         records = [pending[i : i + MAX_ENTRIES] for i in range(0, len(pending), MAX_ENTRIES)]
         together = self.place.slots // 2
         for i in range(0, len(records), together):
             self._append(P, records[i : i + together])
 
-    def _append(self, kind: int, records: list[list[Run]]) -> None:
-        """Write records, sync them, and only then count on them."""
+    def _append(self, kind: int, records: list[list[Run]], checks: list[int] | None = None) -> None:
+        """Write records, sync them, and only then count on them: what came before is proven."""
         if self.journal.last + len(records) - self._pages.checkpoint > self.place.slots:
             self._checkpoint()
         for entries in records:
-            self.journal.write(kind, entries)
+            self.journal.write(kind, entries, checks or [])
         self.file.sync()
         self.journal.synced()
         with self.lock:
-            for entries in records:
-                self._apply(entries)
+            self._unproven = set(self._data(records[0]) or ()) if kind == C else set()
+            if kind in (P, C):
+                for entries in records:
+                    self._apply(entries)
 
     def _apply(self, entries: Iterable[Run]) -> None:
         for start, count, state in entries:

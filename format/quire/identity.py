@@ -51,11 +51,11 @@ class Identity:
         """Whether size and slots are within the format's bounds."""
         return 0 < self.size <= MAX_SIZE and not self.size % SECTOR and SLOTS[0] <= self.slots <= SLOTS[1]
 
-    def header(self, created: int, name: str) -> bytes:
+    def header(self, features: int, created: int, name: str) -> bytes:
         """The header page."""
         header = np.zeros((), HEADER)
         header["version"], header["slots"], header["size"] = VERSION, self.slots, self.size
-        header["created"] = created
+        header["incompatible"], header["created"] = features, created
         for field, value in (("set", self.set), ("parent", self.parent), ("base", self.base), ("name", name.encode())):
             header[field] = np.void(value.ljust(HEADER[field].itemsize, b"\0"))
         return page(HEADER_MAGIC, self.leaf, header.tobytes())

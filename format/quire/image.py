@@ -50,6 +50,7 @@ class Image:
         been written."""
         if self._some(offset, len(data)):
             with self._lock:
+                self._prove((offset, offset + len(data)))
                 self.leaf.write(offset, data)
             self._settle(fua)
 
@@ -60,6 +61,7 @@ class Image:
             while offset < end:  # pieces end at multiples of _PIECE, which no block straddles
                 stop = min(end, (offset // _PIECE + 1) * _PIECE)
                 with self._lock:
+                    self._prove((offset, offset + 1), (stop - 1, stop))  # only the edges' homes are written
                     self.leaf.zero(offset, stop - offset, punch=may_unmap)
                 offset = stop
             self._settle(fua)
@@ -98,6 +100,15 @@ class Image:
             raise self._beyond(offset, length)
         self.leaf.admit()
         return length > 0
+
+    def _prove(self, *ranges: tuple[int, int]) -> None:
+        """Wait until the homes of these bytes may change. The caller holds the lock once; others run meanwhile."""
+        while any(self.leaf.unproven(begin // BLOCK, (end - 1) // BLOCK) for begin, end in ranges):
+            self._lock.release()
+            try:
+                self.leaf.prove()
+            finally:
+                self._lock.acquire()
 
     def _settle(self, fua: bool) -> None:
         if fua or self.leaf.crowded:

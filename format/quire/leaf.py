@@ -50,7 +50,9 @@ class Leaf(Commit):
     # ---- creating and opening
 
     @classmethod
-    def create(cls, store: Store, identity: Identity, parent: Leaf | None, *, created: int, name: str) -> Self:
+    def create(
+        cls, store: Store, identity: Identity, parent: Leaf | None, *, features: int, created: int, name: str
+    ) -> Self:
         """Make a complete, synced leaf, open for writing. Its name is not durable before `store.sync_dir`."""
         file = store.create(identity.file)
         try:
@@ -62,7 +64,7 @@ class Leaf(Commit):
                 file.allocate(place.index(0, copy), place.index_pages * PAGE)
                 file.allocate(place.slot(0, copy), place.slots * PAGE)
                 file.allocate(place.header(copy), PAGE)
-                file.write(place.header(copy), identity.header(created, name))
+                file.write(place.header(copy), identity.header(features, created, name))
                 for number, raw in enumerate(found.index_pages(place, identity.leaf)):
                     file.write(place.index(number, copy), raw)
             journal.write(M)
@@ -74,7 +76,7 @@ class Leaf(Commit):
                 store.unlink(identity.file)
             raise
         leaf = cls(file, identity, parent, journal, found)
-        leaf.begin()
+        leaf.begin(features)
         return leaf
 
     @classmethod
@@ -85,7 +87,7 @@ class Leaf(Commit):
             if mode is Mode.WRITE:  # what a killed process left is in the cache and may not be on the disk
                 file.sync()
                 file.drop_cache()
-            _, repairs = identity.check(file)
+            features, repairs = identity.check(file)
             place = identity.geometry
             states = States(place.map_pages)
             found = pages.load(file, place, identity.leaf, states)
@@ -98,7 +100,7 @@ class Leaf(Commit):
             if mode is not Mode.READ:
                 leaf.repair([*repairs, *found.repairs, *worse])
             if mode is Mode.WRITE:
-                leaf.begin()
+                leaf.begin(features)
                 if not (clean and journal.kind == M):
                     leaf.resolve()
         except BaseException:

@@ -28,10 +28,12 @@ from quire.errors import Busy, Foreign, ReadOnly, Unusable
 from quire.guest_state import Kept, read_state, write_state
 from quire.identity import Identity
 from quire.image import Image
-from quire.layout import NONE, SLOTS, default_slots
+from quire.layout import CHECKED_RECORDS, NONE, SLOTS, default_slots
 from quire.leaf import Leaf, Mode
 from quire.manifest import MAX_CHAIN, Base, Manifest, Name, good_name, good_path
 from quire.store import File, Store
+
+FEATURES = CHECKED_RECORDS  # of leaves that are made
 
 
 def new_id() -> bytes:
@@ -45,11 +47,15 @@ def now() -> int:
 
 
 class Set:
-    """See the module. `write`: whether it was opened for writing. `strangers`: leaves that nothing names and that hold
-    something. The set closes its images; the caller closes `store`."""
+    """See the module. `write`: whether it was opened for writing. `features`: those of leaves that it makes.
+    `strangers`: leaves that nothing names and that hold something. The set closes its images; the caller closes
+    `store`."""
 
-    def __init__(self, store: Store, lock: File | None, *, within: frozenset[bytes] = frozenset()) -> None:
+    def __init__(
+        self, store: Store, lock: File | None, *, features: int = FEATURES, within: frozenset[bytes] = frozenset()
+    ) -> None:
         self.store = store
+        self.features = features
         self.write = lock is not None
         self.strangers: list[str] = []
         self._lock = lock
@@ -71,6 +77,7 @@ class Set:
         *,
         head: str = "main",
         slots: int | None = None,
+        features: int = FEATURES,
         base: str | None = None,
         snapshot: str = "",
     ) -> Self:
@@ -98,17 +105,19 @@ class Set:
             raise Unusable(store.path, f"a disk of {size} bytes with {identity.slots} slots cannot be")
         lock = writer.take(store)
         try:
-            Leaf.create(store, identity, None, created=now(), name=head).close()
+            Leaf.create(store, identity, None, features=features, created=now(), name=head).close()
             store.sync_dir()
             copies.create(store, manifest.with_leaf(identity).with_name(head, Name(identity.leaf, True, now())))
             store.sync_dir()
-            return cls(store, lock)
+            return cls(store, lock, features=features)
         except BaseException:
             lock.close()
             raise
 
     @classmethod
-    def open(cls, store: Store, *, write: bool = False, within: frozenset[bytes] = frozenset()) -> Self:
+    def open(
+        cls, store: Store, *, write: bool = False, features: int = FEATURES, within: frozenset[bytes] = frozenset()
+    ) -> Self:
         """Open a set. Raises Busy if somebody else writes to it, Refused if it cannot be used."""
         if not write:
             return cls(store, None, within=within)
@@ -116,7 +125,7 @@ class Set:
             raise Foreign(store.path, "not a quire: it has no manifest")
         lock = writer.take(store)
         try:
-            made = cls(store, lock)
+            made = cls(store, lock, features=features)
         except BaseException:
             lock.close()
             raise
@@ -338,7 +347,7 @@ class Set:
         identity = Identity(new_id(), self.manifest.set, size, slots, below.leaf)
         if not identity.possible:
             raise Unusable(head, f"a disk of {size} bytes cannot be")
-        return Leaf.create(self.store, identity, parent, created=now(), name=head)
+        return Leaf.create(self.store, identity, parent, features=self.features, created=now(), name=head)
 
     def _save_or_remove(self, manifest: Manifest, fresh: Leaf) -> None:
         try:

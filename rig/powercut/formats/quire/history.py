@@ -28,7 +28,7 @@ from powercut.trace import SECTOR, Kind, Trace, TraceWriter
 from quire import sets
 from quire.image import Image
 from quire.layout import BLOCK
-from quire.sets import Set
+from quire.sets import FEATURES, Set
 
 _SHAPES = {  # what the words of a line are
     "write": "nssf",
@@ -117,18 +117,18 @@ def close(quire: Set, name: str) -> None:
         image.close()
 
 
-def record(lines: Sequence[Line], size: int, slots: int, path: Path) -> None:
+def record(lines: Sequence[Line], size: int, slots: int, path: Path, features: int = FEATURES) -> None:
     """Do a history on a new set in memory, and write the trace."""
     with TraceWriter(path, {"format": "quire", "size": size}) as writer, repeatable():
         store = RecordingStore(in_memory(), writer)
         writer.mark("begin", line=-1)
-        quire = Set.create(store, size, slots=slots)
+        quire = Set.create(store, size, slots=slots, features=features)
         _done(writer, -1, quire)
         for number, line in enumerate(lines):
             writer.mark("begin", line=number)
             if line.what == "reopen":
                 quire.close()
-                quire = Set.open(store, write=True)
+                quire = Set.open(store, write=True, features=features)
             else:
                 perform(quire, number, line)
             _done(writer, number, quire)
