@@ -188,6 +188,27 @@ def test_variants_show_all_and_decide_nothing(tmp_path):
     assert disk.search.checks == 2
 
 
+@given(plan=steps(partial=True), atom=st.sampled_from([512, 1024]), length=st.sampled_from([256, 512, 1024]))
+def test_many_ranges_at_once_are_what_each_is_alone(plan, atom, length):
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "t.trace"
+        write(path, plan)
+        trace = Trace(path)
+        contents = Contents(trace, trace.files[0], atom=atom)
+        offsets = np.arange(0, (SECTORS + 1) * SECTOR, 256)
+        for position in epochs(trace, 0):
+            contents.advance(position)
+            disk = CrashDisk(contents)
+            first, several = disk.gather(offsets, length)
+            alone = [disk.variants(offset, length) for offset in offsets.tolist()]
+            assert (first == np.stack([variants.first for variants in alone])).all()
+            assert [i for i, _ in several] == [i for i, variants in enumerate(alone) if variants.spans]
+            for i, variants in several:
+                assert [(s.start, s.stop, s.others.tolist()) for s in variants.spans] == [
+                    (s.start, s.stop, s.others.tolist()) for s in alone[i].spans
+                ]
+
+
 def test_large_atoms_survive_whole(tmp_path):
     """With atoms of 4 KiB, eight sectors written one by one live or die together with the newest before them."""
     contents = racing(tmp_path, 8)

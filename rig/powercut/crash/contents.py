@@ -265,6 +265,11 @@ class Contents(Durability):
             self._reads[key] = content
         return content
 
+    def quiet(self, first: Rows, last: Rows) -> NDArray[np.bool_]:
+        """In which of the ranges of atoms `first[i]` to `last[i] - 1` nothing is in flight."""
+        atoms = self.in_flight_atoms().atom
+        return np.asarray(np.searchsorted(atoms, first) == np.searchsorted(atoms, last))
+
     def choices(self, first: int, last: int) -> list[Choice]:
         """The atoms among first..last-1 that may hold several distinct contents, ascending."""
         key = (first, last)

@@ -13,7 +13,8 @@ import numpy as np
 
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.search import Search
-from powercut.disk import Bytes, Span, Variants
+from powercut.disk import Bytes, Gathered, Offsets, Span, Variants
+from powercut.trace import SECTOR
 
 
 class Deciding(Protocol):
@@ -67,6 +68,23 @@ class CrashDisk:
             if len(inner) > 1:
                 spans.append(Span(start - offset, stop - offset, inner[1:]))
         return Variants(first, tuple(spans))
+
+    def gather(self, offsets: Offsets, length: int) -> Gathered:
+        size, contents = self.contents.atom, self.contents
+        quiet = contents.quiet(offsets // size, -(-(offsets + length) // size))
+        if length % SECTOR:
+            quiet[:] = False
+        quiet &= (offsets % SECTOR == 0) & (offsets + length <= contents.sectors * SECTOR)
+        first = np.empty((len(offsets), length), dtype=np.uint8)
+        sectors = offsets[quiet, None] // SECTOR + np.arange(length // SECTOR)
+        first[quiet] = contents.take(contents.rows[sectors].reshape(-1)).reshape(-1, length)
+        undecided = []
+        for i in np.flatnonzero(~quiet).tolist():
+            variants = self.variants(int(offsets[i]), length)
+            first[i] = variants.first
+            if variants.spans:
+                undecided.append((i, variants))
+        return first, undecided
 
     def undecided(self, offset: int, length: int) -> bool:
         """Whether some byte of the range could still hold something else."""

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from powercut.crash.contents import Contents, InFlight, Rows, Tokens
 from powercut.crash.disk import Deciding
@@ -119,6 +120,9 @@ class Damaged(Contents):
         if self.fault.kind == "read-error" and first <= self._struck < last:
             raise Unreadable(self._struck * self.atom)
         return super().durable(first, last)
+
+    def quiet(self, first: Rows, last: Rows) -> NDArray[np.bool_]:
+        return super().quiet(first, last) & ((first > self._struck) | (self._struck >= last))
 
     def candidates(self, sectors: Rows, tokens: Tokens) -> tuple[Rows, Rows, Rows]:
         index, op, stamped = super().candidates(sectors, tokens)

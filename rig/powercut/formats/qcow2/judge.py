@@ -128,9 +128,10 @@ class Qcow2:
             # A cluster was touched if, of all ranges that begin at or before it, one ends behind it.
             ranges = np.array(sorted(recording.image.touched), dtype=np.int64)
             begin, end = ranges[:, 0] // per_cluster, -(-ranges[:, 1] // per_cluster)
-            cluster = host_offset(entry) >> header.cluster_bits
+            mapped = np.flatnonzero(entry)
+            cluster = host_offset(entry[mapped]) >> header.cluster_bits
             before = np.searchsorted(begin, cluster, side="right") - 1
-            changed |= (before >= 0) & (cluster < np.maximum.accumulate(end)[before])
+            changed[mapped] |= (before >= 0) & (cluster < np.maximum.accumulate(end)[before])
         return np.flatnonzero(changed)
 
     def _suspects(self, header: Header, guest: I64, entry: U64, bitmap: U64 | None) -> list[I64]:

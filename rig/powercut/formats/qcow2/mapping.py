@@ -83,9 +83,10 @@ class Mapping:
     def others(self) -> Others:
         guest, entry, bitmap, slot = [], [], [], []
         per_table = self.header.l2_entries
+        rows = [set((g.alternates.slot // per_table).tolist()) if g.alternates else () for g in self._groups]
         for table, number, row in self._rows:
             alternates = self._groups[number].alternates
-            if alternates is None:
+            if alternates is None or row not in rows[number]:
                 continue
             here = alternates.slot // per_table == row
             clusters = table * per_table + alternates.slot[here] % per_table

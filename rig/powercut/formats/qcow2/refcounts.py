@@ -8,10 +8,11 @@ counts an internal error for each cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from powercut.disk import Bytes, Disk
+from powercut.disk import Bytes, Disk, gather
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import I64, U64, Bools
 from powercut.formats.qcow2.header import Header
@@ -80,8 +81,12 @@ class Refcounts:
         return low, high, known
 
 
-def readable(offset: int, header: Header) -> bool:
-    return offset % header.cluster_size == 0 and offset + header.cluster_size <= q.MAX_LENGTH
+def readable(offset: Any, header: Header) -> Any:
+    """Whether QEMU can read a block at `offset`, which may be an array."""
+    return (offset % header.cluster_size == 0) & (offset <= q.MAX_LENGTH - header.cluster_size)
+
+
+_AT_ONCE = 1 << 18  # refcounts read with one call
 
 
 def read_refcounts(disk: Disk, header: Header, table: U64, count: int) -> Refcounts:
@@ -90,11 +95,20 @@ def read_refcounts(disk: Disk, header: Header, table: U64, count: int) -> Refcou
     first = np.zeros(count, dtype=np.int64)
     low = high = first
     unknown: Bools | None = None
-    for block in np.flatnonzero(table[: -(-count // per_block)]).tolist():
-        offset = int(table[block]) & q.REFCOUNT_TABLE_OFFSET_MASK
+    offsets = table[: -(-count // per_block)] & np.uint64(q.REFCOUNT_TABLE_OFFSET_MASK)
+    known = np.flatnonzero(offsets)
+    whole = known[((known + 1) * per_block <= count) & readable(offsets[known], header)]
+    left = {*known.tolist()} - {*whole.tolist()}
+    blocks = first[: count // per_block * per_block].reshape(-1, per_block)
+    step = max(1, _AT_ONCE // per_block)
+    for begin in range(0, len(whole), step):
+        part = whole[begin : begin + step]
+        raw, several = gather(disk, offsets[part].astype(np.int64), header.cluster_size)
+        blocks[part] = decode(raw.reshape(-1), header.refcount_order).reshape(len(part), per_block)
+        left |= {int(part[i]) for i, _ in several}
+    for block in sorted(left):
+        offset = int(offsets[block])
         start, stop = block * per_block, min(count, (block + 1) * per_block)
-        if not offset:
-            continue
         if not readable(offset, header):
             if unknown is None:
                 unknown = np.zeros(count, dtype=np.bool_)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from powercut.disk import Bytes, Disk, Span, Variants
+from powercut.disk import Bytes, Disk, Span, Variants, gather
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import I64, U64
 from powercut.formats.qcow2.header import Header
@@ -55,13 +55,8 @@ def read_groups(disk: Disk, header: Header, offsets: I64, weight: I64, active: I
 
 
 def _read_group(disk: Disk, header: Header, offsets: I64, weight: I64, active: I64) -> Group:
-    words = np.empty((len(offsets), header.cluster_size // 8), dtype=np.uint64)
-    undecided: list[tuple[int, Variants]] = []
-    for row, offset in enumerate(offsets.tolist()):
-        variants = disk.variants(offset, header.cluster_size)
-        words[row] = variants.first.view(q.BE64)
-        if variants.spans:
-            undecided.append((row, variants))
+    first, undecided = gather(disk, offsets, header.cluster_size)
+    words = first.view(q.BE64).astype(np.uint64)
     if header.extended_l2:
         entry, bitmap = np.ascontiguousarray(words[:, ::2]), np.ascontiguousarray(words[:, 1::2])
     else:
