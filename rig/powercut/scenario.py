@@ -78,11 +78,22 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     memory: Annotated[int, Meta(ge=64)] = 96
 
 
+class Errors(Struct, frozen=True, forbid_unknown_fields=True):
+    """Errors below the format, one in each run (`powercut errors`): at which blkdebug event (none: every one that is
+    raised), which one of that name (none: every one), what the error is, and whether it strikes once or for good."""
+
+    event: str | None = None
+    nth: Positive | None = None
+    error: tuple[Literal["EIO", "ENOSPC"], ...] = ("EIO", "ENOSPC")
+    lasting: tuple[Literal["once", "good"], ...] = ("once", "good")
+
+
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """See the module. `rule` and `qemu` go with expect = "BROKEN": the rule that must be among the broken ones, and
     the QEMU versions (prefixes) for which that is known; for others nothing is expected. `trace`: a recording that
     is shipped beside the scenario, explored as it is, so that no QEMU is needed. `loop`: nothing is recorded; a real
-    guest is started and ended, and CLEAN is expected: no loop failed."""
+    guest is started and ended, and CLEAN is expected: no loop failed. `errors`: no crash, but errors while
+    the guest writes."""
 
     about: str
     expect: Literal["HOLDS", "BROKEN", "CLEAN"]
@@ -94,7 +105,8 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     record: Recording = Recording()
     explore: Exploration = Exploration()
     loop: Loop | None = None
-    rule: Literal["opens", "structure", "acknowledged", "checker", "repairs"] | None = None
+    errors: Errors | None = None
+    rule: Literal["opens", "structure", "acknowledged", "checker", "repairs", "alive"] | None = None
     qemu: tuple[str, ...] = ()
     trace: str | None = None
     name: str = ""

@@ -8,6 +8,7 @@ A sample, a spent budget or a failed checker is never HOLDS.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -19,6 +20,12 @@ class Verdict(enum.StrEnum):
     @property
     def exit_code(self) -> int:
         return {"HOLDS": 0, "BROKEN": 1, "UNKNOWN": 3}[self.value]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """What several verdicts come to. Of none at all nothing is known."""
+    given = set(verdicts) or {Verdict.UNKNOWN}
+    return next(verdict for verdict in (Verdict.BROKEN, Verdict.UNKNOWN, Verdict.HOLDS) if verdict in given)
 
 
 class Severity(enum.IntEnum):

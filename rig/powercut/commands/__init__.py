@@ -30,6 +30,7 @@ COMMANDS = (
     "races",
     "loop",
     "defects",
+    "errors",
 )
 
 

@@ -104,9 +104,7 @@ class Control:
             answer: dict[str, Any] = json.loads(line)
             return answer
         except (OSError, ValueError) as error:
-            self._said.seek(0)
-            said = self._said.read().decode(errors="replace")
-            raise EnvironmentFault(f"qemu-storage-daemon was lost: {error} {said}") from None
+            raise EnvironmentFault(f"qemu-storage-daemon was lost: {error} {self.said}") from None
 
     def begin(self, command: str, **arguments: Any) -> None:
         """Have a command executed; underscores in the names of arguments stand for hyphens."""
@@ -142,16 +140,20 @@ class Control:
     def open(self, node: dict[str, Any], *, writable: bool = True) -> Guest:
         """Open an image as node "disk" and return a client of it."""
         self.ask("blockdev-add", **{**node, "node-name": "disk", "read-only": not writable})
-        return self._export(writable)
+        return self.export("disk", writable=writable)
 
-    def _export(self, writable: bool) -> Guest:
-        self.ask("block-export-add", type="nbd", id="disk", name="disk", node_name="disk", writable=writable)
-        return Guest(self._path, "disk", _PATIENCE)
+    def export(self, name: str, *, writable: bool = False) -> Guest:
+        """Export the node of this name and return a client of it."""
+        self.ask("block-export-add", type="nbd", id=name, name=name, node_name=name, writable=writable)
+        return Guest(self._path, name, _PATIENCE)
 
-    def _unexport(self, guest: Guest, then: str, **arguments: Any) -> None:
-        """Take the disk from its guest, and execute a command that needs it to have none."""
+    def withdraw(self, guest: Guest, name: str) -> None:
+        """Take the node of this name from its client."""
         guest.close()
-        self.ask("block-export-del", id="disk", mode="hard")
+        self.ask("block-export-del", id=name, mode="hard")
+
+    def when_free(self, then: str, **arguments: Any) -> None:
+        """Execute a command that needs nobody to use a node."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -163,12 +165,29 @@ class Control:
 
     def shut(self, guest: Guest) -> None:
         """Close the image in an orderly way: when this returns, its format driver has written everything."""
-        self._unexport(guest, "blockdev-del", node_name="disk")
+        self.withdraw(guest, "disk")
+        self.when_free("blockdev-del", node_name="disk")
 
     def resize(self, guest: Guest, size: int) -> Guest:
         """Change the size of the disk, which stays open, while no guest has it; return a new client of it."""
-        self._unexport(guest, "block_resize", node_name="disk", size=size)
-        return self._export(True)
+        self.withdraw(guest, "disk")
+        self.when_free("block_resize", node_name="disk", size=size)
+        return self.export("disk", writable=True)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the daemon is gone, by itself."""
+        try:
+            self._process.wait(0.2)  # its sockets close a moment before it can be waited for
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    @property
+    def said(self) -> str:
+        """What the daemon has printed so far."""
+        self._said.seek(0)
+        return self._said.read().decode(errors="replace").strip()
 
     def close(self) -> None:
         """End the daemon, whatever it is doing."""

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from powercut import stamp
-from powercut.stamp import GARBAGE, SECTOR, ZERO
+from powercut.oracles.readback import first_wrong
+from powercut.stamp import GARBAGE, ZERO
 
 _WRITES, _ZEROES, _DISCARDS = ("write",), ("zero", "unmap"), ("discard",)
 
@@ -85,36 +82,18 @@ class Judge:
     def fault(self, where: str, offset: int, data: Any, issued: int, completed: int) -> Fault | None:
         """The first sector of `data`, read at `offset`, that holds what it may not."""
         end = offset + len(data)
-        view = memoryview(data)
         marks = [offset, *(mark for mark in self._ends if offset < mark < end), end]
-        for low, high in itertools.pairwise(marks):
-            legal = self.legal(low, issued, completed)
-            piece = view[low - offset : high - offset]
-            if any(piece == _content(value, self._size)[low:high] for value in legal):
-                continue
-            stamps = stamp.decode(np.frombuffer(piece, dtype=np.uint8).reshape(-1, SECTOR))
-            at = np.arange(low // SECTOR, high // SECTOR)
-            good = np.isin(stamps.op, list(legal)) & ((stamps.op < 0) | (stamps.sector == at))
-            for bad in np.flatnonzero(~good)[:1].tolist():
-                op, sector = int(stamps.op[bad]), int(stamps.sector[bad])
-                kind = "garbage" if op == GARBAGE else "zeros" if op == ZERO else "stale"
-                kind, found = ("foreign" if op >= 0 and sector != at[bad] else kind), self._word(op)
-                if kind == "foreign":
-                    found += f" for sector {sector}"
-                wanted = " or ".join(sorted(map(self._word, legal)))
-                return Fault(
-                    f"{where.split()[0]}-{kind}", f"{where}: guest sector {at[bad]} holds {found}; legal: {wanted}"
-                )
-        return None
+        ranges = ((low, high, self.legal(low, issued, completed)) for low, high in itertools.pairwise(marks))
+        wrong = first_wrong(data, offset, ranges)
+        if wrong is None:
+            return None
+        found = self._word(wrong.op) + (f" for sector {wrong.of}" if wrong.kind == "foreign" else "")
+        wanted = " or ".join(sorted(map(self._word, wrong.legal)))
+        text = f"{where}: guest sector {wrong.sector} holds {found}; legal: {wanted}"
+        return Fault(f"{where.split()[0]}-{wrong.kind}", text)
 
     def _word(self, op: int) -> str:
         words = {ZERO: "zeros", GARBAGE: "garbage", 0: "what was there before"}
         if op not in words and op > len(self._log):
             return f"data of operation {op}, which was not issued,"
         return words.get(op) or f"data of operation {op} ({self._log[op - 1].operation})"
-
-
-@lru_cache(maxsize=128)
-def _content(op: int, size: int) -> memoryview:
-    """A whole disk as operation `op` would write it."""
-    return memoryview(bytes(size) if op == ZERO else stamp.make(op, 0, 0, size // SECTOR))

@@ -1,0 +1,70 @@
+"""`powercut errors`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from powercut.commands import JSON, SAVE, named_values
+
+
+@click.command()
+@click.argument("formats", nargs=-1, metavar="FORMAT...")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
+@click.option("--size", help="The guest's disk.  [default: six clusters]")
+@click.option("--backing", metavar="SIZE", help="Over a raw backing file of so many bytes.")
+@click.option("--operations", type=click.IntRange(1), help="So many random operations instead of the built-in history.")
+@click.option("--seed", default=7, show_default=True, help="What random operations are drawn from.")
+@click.option("--with", "extra", default="", metavar="KINDS", help="Random zero, discard too (with a comma between).")
+@click.option("--error", type=click.Choice(["EIO", "ENOSPC"]), help="Only this error.")
+@click.option("--lasting", type=click.Choice(["once", "good"]), help="Only errors that strike once, or for good.")
+@click.option("--event", help="Only at this blkdebug event, such as l2_update or pwritev.")
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes to use.")
+@SAVE
+@JSON
+def errors(
+    formats: tuple[str, ...],
+    options: tuple[str, ...],
+    size: str | None,
+    backing: str | None,
+    operations: int | None,
+    seed: int,
+    extra: str,
+    error: str | None,
+    lasting: str | None,
+    event: str | None,
+    jobs: int,
+    save: Path | None,
+    json_path: str | None,
+) -> None:
+    """Fail the requests that QEMU makes while its guest writes FORMAT (default: every format), one in each run.
+
+    The guest goes on, repeats what failed, flushes. What was flushed must be there when the image is opened again.
+    """
+    from powercut import sweep
+    from powercut.report import document
+    from powercut.report import errors as report
+    from powercut.report.text import progress
+    from powercut.verdict import worst
+
+    def chosen(**values: object) -> dict[str, object]:
+        return {name: value for name, value in values.items() if value}
+
+    only = chosen(event=event, error=error and [error], lasting=lasting and [lasting])
+    more = chosen(size=size, backing=backing) | {"errors": only}
+    if operations:
+        kinds = [word for word in extra.split(",") if word]
+        more["workload"] = {"operations": operations, "seed": seed, "with": kinds}
+    scenarios = [sweep.scenario_of(format, named_values(options), **more) for format in formats or sweep.FORMATS]
+    results = []
+    for scenario in scenarios:
+        with progress(f"failing {scenario.format}") as show_progress:
+            result = sweep.run(scenario, jobs=jobs, progress=show_progress)
+        saved = sweep.save(result, save or Path("powercut-errors"))
+        results.append((result, saved))
+        if json_path != "-":
+            click.echo(report.text(result, saved))
+    document.write(report.document(results), json_path)
+    sys.exit(worst(result.verdict for result, _ in results).exit_code)

@@ -1,0 +1,97 @@
+"""What `powercut errors` found: scenarios and images, a JSON document, and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from powercut.report.text import count, verdict_word
+
+SCHEMA = "powercut.errors/1"
+_SHOWN = 3  # injections named in a line of text
+
+
+def _lasting(way: tuple[str, str, str, str]) -> str:
+    _, _, error, lasting = way
+    return {"": "without any error", "once": f"{error} once", "good": f"{error} for good"}[lasting]
+
+
+def _image(target: Any) -> str:
+    options = "".join(f", {key}={value}" for key, value in target.options)
+    return f"{target.format}{options}{', with a backing file' if target.backing else ''}"
+
+
+def text(result: Any, saved: list[Path]) -> str:
+    """One format's result for people."""
+    events = ", ".join(f"{name} {number}" for name, number in result.events.items())
+    lines = [
+        f"{verdict_word(str(result.verdict))}  {_image(result.target)}: errors below the format, QEMU {result.qemu}",
+        f"  history  {'; '.join(result.lines)}",
+        f"  covered  {count(result.runs, 'run')}, one error in each, {result.seconds:.1f} s: {events}",
+        f"  seen     in {result.absorbed:,} runs the guest saw no error; {result.leaking:,} leaked clusters",
+    ]
+    lines += [f"  because  {reason}" for reason in result.reasons]
+    for found, path in zip(result.found, saved, strict=True):
+        shown = ", ".join(point.partition(" at ")[2] for point in found.points[:_SHOWN])
+        more = f" and {len(found.points) - _SHOWN} more" if len(found.points) > _SHOWN else ""
+        lines += ["", f"  {found.fault.severity.label} ({found.way[0]}): {found.fault.text}"]
+        lines.append(f"    {_lasting(found.way)}, {count(len(found.points) or 1, 'run')}: at {shown}{more}")
+        lines += [f"    {line}" for line in story(found)]
+        witness = f"; {found.witness} agrees" if found.witness else ""
+        lines.append(f"    powercut gate {path}  # BROKEN in {found.confirmed} of {found.of} runs{witness}")
+    return "\n".join(lines)
+
+
+def story(found: Any) -> list[str]:
+    """The shortest case, operation by operation, and how each ended, repetitions in the order in which they came."""
+    ends: dict[int, list[str]] = {}
+    for word in found.ran.seen.story:
+        number, _, end = word.partition(" ")
+        ends.setdefault(int(number), []).append(end)
+    lines = [f"{number}  {line}: {', '.join(ends.get(number, []))}" for number, line in enumerate(found.lines, 1)]
+    last = len(found.lines) + 1
+    if last in ends:
+        lines.append(f"{last}  flush: {', '.join(ends[last])}")
+    return [f"{found.case.injection}", *lines] if found.case.injection else lines
+
+
+def document(results: list[tuple[Any, list[Path]]]) -> dict[str, Any]:
+    """The results as JSON, schema `powercut.errors/1`."""
+    return {"schema": SCHEMA, "results": [one(result, saved) for result, saved in results]}
+
+
+def one(result: Any, saved: list[Path]) -> dict[str, Any]:
+    """One format's result."""
+    return {
+        "verdict": str(result.verdict),
+        "qemu": result.qemu,
+        "format": result.target.format,
+        "options": dict(result.target.options),
+        "size": result.target.size,
+        "backing": result.target.backing or None,
+        "history": result.lines,
+        "events": result.events,
+        "runs": result.runs,
+        "absorbed": result.absorbed,
+        "leaking": result.leaking,
+        "reasons": result.reasons,
+        "seconds": round(result.seconds, 1),
+        "findings": [
+            {
+                "rule": found.way[0],
+                "kind": found.way[1],
+                "error": found.way[2],
+                "lasting": found.way[3],
+                "severity": found.fault.severity.label,
+                "text": found.fault.text,
+                "points": found.points,
+                "injection": str(found.case.injection or ""),
+                "story": story(found),
+                "confirmed": found.confirmed,
+                "of": found.of,
+                "witness": found.witness,
+                "scenario": str(path),
+            }
+            for found, path in zip(result.found, saved, strict=True)
+        ],
+    }

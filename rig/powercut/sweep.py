@@ -1,0 +1,289 @@
+"""The search over errors below a format (`powercut.injection`), and what comes of it.
+
+Every event that is raised while a history is carried out, every one of its occurrences, each error, once and for good:
+one in each run. First comes a run without any error, which must show nothing. What is found is shrunk to the shortest
+history that still shows it, run again, shown to another reader of QEMU's, and written down as a scenario.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from powercut.errors import InputError
+from powercut.faults.blkdebug import EVENTS, Injection
+from powercut.guest.daemon import version
+from powercut.guest.workload import Operation, Verb
+from powercut.histories import size_text, toml
+from powercut.injection import LAYOUTS, Case, Fault, Ran, Rig, Target, cluster, told
+from powercut.operations import operations
+from powercut.scenario import Errors, Scenario, Workload, from_options, parse_size
+from powercut.verdict import Severity, Verdict
+
+CONFIRM = 3  # times that a finding is run again
+FORMATS = tuple(LAYOUTS)
+_CHUNK = 8  # runs that a process is given at once
+_SHRINK = 30.0  # seconds for each finding
+_TIMES = {"once": 1, "good": None}
+_READING = ("load", "read")  # in the name of an event: what follows reads, and no full disk hinders that
+
+Progress = Callable[[int, int], None]
+Way = tuple[str, str, str, str]  # rule, kind, error, once or good
+
+
+@dataclass(slots=True)
+class Found:
+    """One way in which things went wrong. `points`: all injections that showed it; `case`: the shortest found, in which
+    `ran` shows `fault` (`confirmed` times of CONFIRM), as does `witness`, another reader ("": none)."""
+
+    way: Way
+    points: list[str]
+    case: Case
+    ran: Ran
+    fault: Fault
+    confirmed: int
+    witness: str
+    of: int = CONFIRM
+
+    @property
+    def lines(self) -> list[str]:
+        return [told(operation) for operation in self.case.history]
+
+
+@dataclass(slots=True)
+class Result:
+    """What a sweep says. `events`: how often each is raised. `absorbed`: runs in which the guest saw no error at all;
+    `leaking`: runs that left leaked clusters, which is legal."""
+
+    scenario: Scenario
+    target: Target
+    history: tuple[Operation, ...]
+    qemu: str
+    events: dict[str, int] = field(default_factory=dict)
+    runs: int = 0
+    absorbed: int = 0
+    leaking: int = 0
+    found: list[Found] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def lines(self) -> list[str]:
+        return [told(operation) for operation in self.history]
+
+    @property
+    def verdict(self) -> Verdict:
+        if any(found.confirmed for found in self.found):
+            return Verdict.BROKEN
+        return Verdict.UNKNOWN if self.found or self.reasons else Verdict.HOLDS
+
+
+def default_history(unit: int) -> list[str]:
+    """What a guest does that meets most of a format: fresh and used clusters of `unit` bytes, whole, in part and across
+    a border; zeroes, a discard, a cluster used again; flushes between."""
+    some = min(unit, 64 << 10)
+    return [
+        f"write 0 {some // 2}",
+        f"write {unit - some // 2} {some}",
+        "flush",
+        "write 0 4k" if unit > 4096 else f"write 0 {some}",
+        f"zero {2 * unit} {some}",
+        "zero 512 512",
+        "flush",
+        f"discard {unit} {unit}",
+        f"write {unit} {min(4096, unit)}",
+        f"write {4 * unit - some} {2 * some}",
+        "flush",
+        f"write {5 * unit} 512",
+    ]
+
+
+def scenario_of(format: str, options: dict[str, str], **more: Any) -> Scenario:
+    """The scenario that sweeps a format, with the default history unless `more` keys say something else. Raises
+    InputError."""
+    if format not in LAYOUTS:
+        raise InputError(f"format {format!r} is not one of {', '.join(LAYOUTS)}")
+    unit = cluster(format, tuple(options.items()))
+    plain = {"format": format, "options": options, "size": size_text(6 * unit), "errors": {}}
+    return from_options(
+        {"about": "", "expect": "HOLDS", **plain, "workload": {"depth": 1, "history": default_history(unit)}, **more}
+    )
+
+
+def prepared(scenario: Scenario) -> tuple[Target, tuple[Operation, ...]]:
+    """What a scenario sweeps. Raises InputError for one that cannot be."""
+    if scenario.format not in LAYOUTS:
+        raise InputError(f"format {scenario.format!r} is not one of {', '.join(LAYOUTS)}")
+    history = tuple(operations(scenario))
+    for operation in history:
+        if operation.verb not in (None, Verb.REOPEN):
+            raise InputError(
+                f"history: {operation.verb} is not swept: writes, zeroes, discards, flushes and reopens are"
+            )
+    event = scenario.errors.event if scenario.errors else None
+    if event is not None and event not in EVENTS:
+        raise InputError(f"errors: event {event!r} is not one of blkdebug's: {', '.join(EVENTS)}")
+    backing = parse_size(scenario.backing) if scenario.backing else 0
+    return Target(scenario.format, parse_size(scenario.size), tuple(scenario.options.items()), backing), history
+
+
+def points(rig: Rig, history: tuple[Operation, ...], errors: Errors, events: dict[str, int]) -> Iterator[Injection]:
+    """Every injection that `errors` asks for. Fills `events` with how often each is raised."""
+    for event in [errors.event] if errors.event else EVENTS:
+        number = rig.count(history, event)
+        if not number:
+            continue
+        events[event] = number
+        for nth in range(1, number + 1):
+            if errors.nth in (None, nth):
+                for error in errors.error:
+                    if error == "EIO" or not any(word in event for word in _READING):
+                        yield from (Injection(event, nth, error, _TIMES[lasting]) for lasting in errors.lasting)
+
+
+def run(scenario: Scenario, *, jobs: int = 1, progress: Progress = lambda done, of: None) -> Result:
+    """Sweep. Raises InputError, EnvironmentFault."""
+    begin = time.monotonic()
+    target, history = prepared(scenario)
+    result = Result(scenario, target, history, version())
+    with Rig(target) as rig:
+        cases = [Case(history)]
+        cases += [Case(history, point) for point in points(rig, history, scenario.errors or Errors(), result.events)]
+        if len(cases) == 1:
+            result.reasons.append("no such event is raised: nothing was injected")
+        ways: dict[Way, list[tuple[Case, Fault]]] = {}
+        for case, ran in _all(rig, cases, jobs):
+            result.runs += 1
+            result.absorbed += case.injection is not None and not ran.seen.errors
+            result.leaking += ran.leaks > 0
+            for fault in ran.faults:
+                ways.setdefault(_way(case, fault), []).append((case, fault))
+            progress(result.runs, len(cases))
+        result.found = [_found(rig, way, seen) for way, seen in sorted(ways.items())]
+    result.found.sort(key=lambda found: -found.fault.severity)
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+def _way(case: Case, fault: Fault) -> Way:
+    point = case.injection
+    if point is None:
+        return fault.rule, fault.kind, "none", ""
+    return fault.rule, fault.kind, point.error, "good" if point.times is None else "once"
+
+
+# ---- several processes
+
+_rig: Rig | None = None
+
+
+def _start(target: Target) -> None:
+    global _rig
+    _rig = Rig(target)
+    atexit.register(_rig.__exit__)
+
+
+def _work(cases: list[Case]) -> list[tuple[Case, Ran]]:
+    assert _rig is not None
+    return [(case, _rig.run(case)) for case in cases]
+
+
+def _all(rig: Rig, cases: list[Case], jobs: int) -> Iterator[tuple[Case, Ran]]:
+    if jobs == 1:
+        yield from ((case, rig.run(case)) for case in cases)
+        return
+    chunks = [cases[at : at + _CHUNK] for at in range(0, len(cases), _CHUNK)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (rig.target,)) as pool:
+        for done in pool.map(_work, chunks):
+            yield from done
+
+
+# ---- a finding
+
+
+def _found(rig: Rig, way: Way, seen: list[tuple[Case, Fault]]) -> Found:
+    worst = max(fault.severity for _, fault in seen)
+    case = shrink(rig, next(case for case, fault in seen if fault.severity is worst), way, worst)
+    kept, best, confirmed = rig.scratch / "kept", None, 0
+    for _ in range(CONFIRM):
+        ran = rig.run(case, kept)
+        fault = next((fault for fault in ran.faults if _way(case, fault) == way), None)
+        if fault is not None:
+            confirmed, best = confirmed + 1, (ran, fault)
+    ran, fault = best or (Ran(), seen[0][1])
+    witness = rig.agrees(kept, ran, fault) if best and kept.exists() else ""
+    return Found(way, [str(case.injection) for case, _ in seen if case.injection], case, ran, fault, confirmed, witness)
+
+
+def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:
+    """Leave out operations while the same thing goes wrong, as badly; the error may strike earlier then."""
+    deadline = time.monotonic() + _SHRINK
+
+    def fails(history: tuple[Operation, ...]) -> Case | None:
+        point = case.injection
+        if point is None:
+            tried = [Case(history)]
+        else:
+            tried = [
+                Case(history, Injection(point.event, n, point.error, point.times)) for n in range(point.nth, 0, -1)
+            ]
+        for candidate in tried:
+            if time.monotonic() > deadline:
+                return None
+            faults = rig.run(candidate).faults
+            if any(_way(candidate, fault) == way and fault.severity >= severity for fault in faults):
+                return candidate
+        return None
+
+    size = max(1, len(case.history) // 2)
+    while True:
+        smaller = None
+        for at in range(len(case.history) - size, -1, -size):
+            rest = case.history[:at] + case.history[at + size :]
+            if rest and (smaller := fails(rest)) is not None:
+                case = smaller
+                break
+        if smaller is None:
+            if size == 1:
+                return case
+            size //= 2
+
+
+def scenario(result: Result, found: Found) -> Scenario:
+    """The scenario that shows a finding, and nothing else."""
+    rule, _, error, lasting = found.way
+    point = found.case.injection
+    only = Errors(point.event, point.nth, (error,), (lasting,)) if point else Errors()  # type: ignore[arg-type]
+    return msgspec.structs.replace(
+        result.scenario,
+        about=found.fault.text,
+        expect="BROKEN",
+        rule=rule,
+        qemu=(".".join(result.qemu.split(".")[:2]),),
+        workload=Workload(depth=1, history=tuple(found.lines)),
+        errors=only,
+    )
+
+
+def save(result: Result, directory: Path) -> list[Path]:
+    """Write a scenario for each finding; what an earlier sweep of the format left there goes. Raises InputError."""
+    paths = []
+    try:
+        for old in directory.glob(f"{result.target.format}-*.toml"):
+            old.unlink()
+        for found in result.found:
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / ("-".join(word for word in (result.target.format, *found.way) if word) + ".toml")
+            path.write_text(toml(scenario(result, found)))
+            paths.append(path)
+    except OSError as error:
+        raise InputError(f"{directory}: findings cannot be saved: {error.strerror}") from None
+    return paths

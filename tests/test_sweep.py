@@ -1,0 +1,162 @@
+"""Errors below a format on a real QEMU: counted exactly, one in each run; a loss that is planted is found, and without
+one raw and qcow2 hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from powercut import sweep
+from powercut.cli import main
+from powercut.faults.blkdebug import Injection
+from powercut.guest.control import Guest
+from powercut.injection import Case, Rig
+from powercut.scenario import load
+from powercut.verdict import Verdict
+from support.qemu import needs_qemu
+
+pytestmark = needs_qemu
+RAW = ["write 0 4k", "write 8k 4k", "flush", "zero 0 512", "write 4k 512", "flush"]
+
+
+def raw(**errors):
+    return sweep.scenario_of("raw", {}, workload={"depth": 1, "history": RAW}, errors=errors)
+
+
+@pytest.fixture
+def rig():
+    with Rig(sweep.prepared(raw())[0]) as rig:
+        yield rig
+
+
+def test_events_are_counted_exactly(rig):
+    history = sweep.prepared(raw())[1]
+    counted = {event: rig.count(history, event) for event in ("pwritev", "pwritev_zero", "write_aio", "l2_load")}
+    assert counted == {"pwritev": 3, "pwritev_zero": 1, "write_aio": 3, "l2_load": 0}
+    assert rig.count(history, "flush_to_disk") == 2, "the guest's last flush, and that of closing, have nothing to do"
+
+
+def test_an_injection_fails_the_request_it_names_and_no_other(rig):
+    history = sweep.prepared(raw())[1]
+    for nth, number in ((1, 1), (2, 2), (3, 5)):
+        once = rig.run(Case(history, Injection("pwritev", nth)))
+        assert (once.seen.errors, once.seen.repeated, once.faults) == (1, 1, [])
+        assert [line for line in once.seen.story if line.endswith("EIO")] == [f"{number} EIO"]
+    assert rig.run(Case(history, Injection("pwritev", 1, times=3))).seen.errors == 3
+    full = rig.run(Case(history, Injection("pwritev", 2, "ENOSPC", None)))
+    assert full.seen.given_up == [2, 4, 5], "a full disk takes no write, and flushes"
+    dead = rig.run(Case(history, Injection("pwritev", 2, "EIO", None)))
+    assert dead.seen.given_up == [2, 3, 4, 5, 6, 7]
+    assert not full.faults
+    assert not dead.faults
+
+
+def test_control_without_a_loss_raw_and_qcow2_hold(tmp_path, figure):
+    for format in ("raw", "qcow2"):
+        result = sweep.run(sweep.scenario_of(format, {}, errors={"event": "pwritev"}))
+        assert result.verdict is Verdict.HOLDS, result.found
+        assert result.runs == 1 + 4 * result.events["pwritev"]
+        figure(f"errors under {format}, runs", result.runs)
+
+
+@pytest.fixture
+def repeated_writes_are_dropped(monkeypatch):
+    """A disk that acknowledges a write which failed before, and does nothing."""
+    failed, write = set(), Guest.write
+
+    def lying(self, offset, data, fua=False):
+        if (offset, bytes(data)) in failed:
+            return
+        try:
+            write(self, offset, data, fua)
+        except OSError:
+            failed.add((offset, bytes(data)))
+            raise
+
+    monkeypatch.setattr(Guest, "write", lying)
+
+
+@pytest.mark.usefixtures("repeated_writes_are_dropped")
+def test_control_a_repeated_write_that_is_dropped_is_found_shrunk_and_told(tmp_path, planted):
+    result = sweep.run(raw(event="pwritev", error=["EIO"], lasting=["once"]))
+    kinds = {found.way[1] for found in result.found}
+    planted("errors: a repeated write is dropped", result.verdict is Verdict.BROKEN)
+    assert (result.verdict, kinds) == (Verdict.BROKEN, {"live-zeros", "reopened-zeros"})
+    found = next(found for found in result.found if found.way[1] == "reopened-zeros")
+    assert (len(found.case.history), found.confirmed, found.witness) == (1, found.of, "qemu-img convert")
+    paths = sweep.save(result, tmp_path)
+    assert {load(path).errors.event for path in paths} == {"pwritev"}
+    again = sweep.run(load(paths[0]))
+    assert again.verdict is Verdict.BROKEN, "the scenario that was written shows the same"
+
+
+def test_a_crash_of_qemu_is_a_finding(rig, monkeypatch, planted):
+    history, flush = sweep.prepared(raw())[1], Guest.flush
+
+    def killing(self):
+        rig._control._process.kill()
+        flush(self)
+
+    monkeypatch.setattr(Guest, "flush", killing)
+    ran = rig.run(Case(history))
+    planted("errors: QEMU ends by itself", ran.faults != [])
+    assert [(fault.rule, fault.kind) for fault in ran.faults] == [("alive", "crash")]
+    monkeypatch.undo()
+    assert rig.run(Case(history)).faults == [], "the rig goes on"
+
+
+def test_reopens_and_backing_files(tmp_path):
+    history = ["write 0 4k", "reopen", "write 4k 4k", "flush", "write 60k 8k"]
+    work = {"depth": 1, "history": history}
+    scenario = sweep.scenario_of("qcow2", {}, workload=work, backing="128k", errors={"event": "cow_read"})
+    result = sweep.run(scenario)
+    assert result.verdict is Verdict.HOLDS, result.found
+    assert result.events["cow_read"] > 0
+
+
+def errors(tmp_path: Path, *arguments: str):
+    done = CliRunner().invoke(main, ["errors", *arguments, "--save", str(tmp_path / "found")])
+    return done.exit_code, done.output
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "e.json"
+    code, said = errors(tmp_path, "raw", "--event", "flush_to_disk", "--jobs", "1", "--json", str(out))
+    assert code == 0, said
+    assert said.startswith("HOLDS  raw: errors below the format")
+    document = json.loads(out.read_text())
+    assert document["schema"] == "powercut.errors/1"
+    assert document["results"][0]["events"] == {"flush_to_disk": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["qcow3"], "format 'qcow3' is not one of qcow2, "),
+        (["raw", "--event", "l9_update"], "event 'l9_update' is not one of blkdebug's"),
+        (["raw", "--size", "7"], "size 7: not a positive multiple of 512 bytes"),
+        (["qcow2", "--option", "cluster_size=3k"], "qemu-img create"),
+    ],
+)
+def test_bad_input_is_a_sentence(tmp_path, arguments, said):
+    code, output = errors(tmp_path, *arguments)
+    assert code == 2
+    assert said in output
+
+
+def test_an_event_that_is_not_raised_proves_nothing(tmp_path):
+    code, output = errors(tmp_path, "raw", "--event", "l2_load", "--jobs", "1")
+    assert (code, output.startswith("UNKNOWN")) == (3, True)
+
+
+def test_nothing_is_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    sweep.run(raw(event="pwritev_zero"))
+    assert list(tmp_path.iterdir()) == []
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in listed
