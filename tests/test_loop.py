@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +19,7 @@ from powercut.errors import EnvironmentFault
 from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch
 from powercut.loop import Loops
-from powercut.scenario import Loop, Scenario, Workload
+from powercut.scenario import Loop, Recording, Scenario, Workload
 from support.guests import hardware
 
 pytestmark = pytest.mark.guest
@@ -54,6 +55,30 @@ def test_every_other_ending_is_clean_with_stock_qemu(ending: str, tmp_path: Path
     assert outcome.word == "CLEAN", [failure.cycled for failure in outcome.failures + outcome.unknown]
 
 
+def test_a_power_cut_finds_a_disk_that_lies(tmp_path: Path, planted: Planted) -> None:
+    hardware()
+    described = scenario(ending="power-cut", discard=False)
+    assert Loops(described, accelerator="tcg").run(loops=2, save=tmp_path).word == "CLEAN"
+    lying = msgspec.structs.replace(described, record=Recording(lie=("flush",)))
+    outcome = Loops(lying, accelerator="tcg").run(loops=1, save=tmp_path)
+    planted("loop: power cut, flushes lie", outcome.word == "BROKEN")
+    assert outcome.word == "BROKEN"
+    folder = outcome.failures[0].folder
+    assert folder is not None
+    (findings,) = folder.glob("*.findings")
+    finding = next(findings.glob("acknowledged*.json"))
+    result = CliRunner().invoke(main, ["replay", str(finding), "--out", str(tmp_path / "crash.img")])
+    assert result.exit_code == 0, result.output
+    assert "confirmed" in result.output
+
+
+@pytest.mark.parametrize("device", ["virtio-blk", "virtio-scsi", "nvme"])
+def test_disks_that_are_plugged_in(device: str, tmp_path: Path) -> None:
+    hardware()
+    described = scenario(start="plug", device=device, disks=2, cache="none", operations=20)
+    assert Loops(described, accelerator="tcg").run(loops=1, save=tmp_path).word == "CLEAN"
+
+
 def test_savevm_on_a_raw_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
     hardware()
     described = replace_backing(scenario("raw", ending="savevm-quit"))
@@ -75,8 +100,6 @@ def test_control_a_snapshot_that_is_not_loaded_is_noticed(
 
 
 def replace_backing(described: Scenario) -> Scenario:
-    import msgspec
-
     return msgspec.structs.replace(described, backing=None)
 
 

@@ -28,6 +28,7 @@ FLOORS = [
     {"inflight", "injection"},
     {"run", "record", "modelled", "races", "histories"},
     {"cycle"},
+    {"cut"},
     {"loop", "bundle", "sweep"},
     {"gate", "replay", "inspection", "rescue", "compare"},
     {"fuzz", "probes"},
@@ -129,6 +130,7 @@ def quire_trespasses(graph: Graph) -> list[str]:
                     "record",
                     "external",
                     "inflight",
+                    "cut",
                 }
                 stores = target == "quire.store" and name in {"powercut.capture.store", "powercut.stores"}
                 if not is_within(name, "powercut.formats.quire") and not serves and not stores:

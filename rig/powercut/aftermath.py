@@ -37,12 +37,13 @@ def first_cluster(image: Image) -> Bytes:
     return disk.read(0, 1 << bits).copy()
 
 
-def examine(image: Image, before: Bytes, ending: Ending, ledger: Ledger | None) -> list[Problem]:
-    """What is wrong with `image` after `ending`; its first cluster was `before`. A ledger that is given is settled.
+def examine(image: Image, before: Bytes | None, ending: Ending, ledger: Ledger | None) -> list[Problem]:
+    """What is wrong with `image` after `ending`; its first cluster was `before` (None: it is new). A ledger that is
+    given is settled.
 
     Raises EnvironmentFault if it cannot be told.
     """
-    problems = _header(image, before, ending)
+    problems = _header(image, before, ending) if before is not None else []
     if image.format == "qcow2":
         problems += _qcow2(check(ImageDisk(image.path), trust_dirty=not ending.leaks), ending)
     elif image.format in CHECKED_BY_QEMU:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,8 @@ class Cycled:
     unknown: str = ""
     operations: tuple[int, int, int] = (0, 0, 0)  # issued, completed, flushed
     first: int = 0  # number of the first operation
+    states: float = 0.0  # crash states explored, as a power of two
+    checks: int = 0
     seconds: float = 0.0
     command: str = ""
     transcript: list[str] = field(default_factory=list)
@@ -91,8 +94,8 @@ class Lane:
         try:
             self._prepare()
             firsts = [aftermath.first_cluster(image) for image in self.images]
-            self._live(cycled)
-            self._look(cycled, firsts)
+            running = self._live(cycled)
+            self._look(cycled, running, firsts)
         except Crashed as crash:
             cycled.problems.append(Problem("ends", "signal", 0, Severity.UNOPENABLE, str(crash)))
         except Unanswered as error:
@@ -118,29 +121,33 @@ class Lane:
                 ledger.start_from(0, np.zeros(min(image.backing, image.size) // SECTOR, dtype=np.int64))
             self._ledgers.append(ledger)
 
-    def _live(self, cycled: Cycled) -> None:
+    def _live(self, cycled: Cycled) -> Running:
         chance = random.Random(f"{self.scenario.workload.seed} {cycled.number}")
         plan = self.plan
-        nodes = [image.node(CACHES[plan.cache], plan.aio, discard=plan.discard) for image in self.images]
         cached = CACHES[plan.cache].write_cache
         disks = [
-            Disk(node, image.size, plan.device, cached) for node, image in zip(nodes, self.images, strict=True)
+            Disk(node, image.size, plan.device, cached) for node, image in zip(self._nodes(), self.images, strict=True)
         ]  # fmt: skip
         home = self.folder / "machine"
         home.mkdir(exist_ok=True)
-        with start.STARTS[plan.start](self._hardware, disks, home) as machine:
+        way = "plug" if self.ending.direct and plan.start == "restore" else plan.start
+        with start.STARTS[way](self._hardware, disks, home) as machine:
             try:
                 cycled.command = machine.reproduce()
-                writing = self._work(machine, chance, cycled)
-                self.operation = writing.number
+                return self._work(machine, chance, cycled)
             finally:
                 cycled.transcript, cycled.said = machine.transcript, machine.said
                 cycled.serial = (home / self._hardware.serial).read_text(errors="replace")
 
-    def _work(self, machine: Machine, chance: random.Random, cycled: Cycled) -> Writing:
+    def _nodes(self) -> list[dict[str, Any]]:
+        plan = self.plan
+        return [image.node(CACHES[plan.cache], plan.aio, discard=plan.discard) for image in self.images]
+
+    def _work(self, machine: Machine, chance: random.Random, cycled: Cycled) -> Running:
         workload, plan = self.scenario.workload, self.plan
         writing = Writing(machine.agent, self._ledgers, self._steps(chance), workload.depth, self.operation)
         moment = plan.moment or chance.randint(workload.operations // 4, workload.operations * 3 // 4)
+        running = Running(machine, list(self.images), writing, chance, cycled.number)
         try:
             writing.run(moment)
             for number, error in writing.errors[:1]:
@@ -148,7 +155,7 @@ class Lane:
                     raise EnvironmentFault(f"{self.folder}: no space left for the guest's disk")
                 text = f"operation {number} of the guest failed with errno {error}"
                 cycled.problems.append(Problem("requests", "failed", number, Severity.CORRUPT, text))
-            self.ending.end(Running(machine, self.images, writing, chance, cycled.number))
+            self.ending.end(running)
         except Gone:
             status = machine.wait_end()
             text = f"QEMU ended by itself, with exit code {status}: {machine.said}"
@@ -156,7 +163,8 @@ class Lane:
         writing.hear_the_rest()
         counts = [ledger.counts() for ledger in self._ledgers]
         cycled.operations = tuple(map(sum, zip(*counts, strict=True)))  # type: ignore[assignment]
-        return writing
+        self.operation = writing.number
+        return running
 
     def _steps(self, chance: random.Random) -> Iterator[Step]:
         """Operations on all disks, as many as are asked for on each."""
@@ -168,9 +176,19 @@ class Lane:
             for disk, operation in enumerate(row):
                 yield disk, _short(operation)
 
-    def _look(self, cycled: Cycled, firsts: list[Bytes]) -> None:
-        for image, first, ledger in zip(self.images, firsts, self._ledgers, strict=True):
-            cycled.problems += aftermath.examine(image, first, self.ending, ledger)
+    def _look(self, cycled: Cycled, running: Running, firsts: list[Bytes]) -> None:
+        for was, image, first, ledger in zip(self.images, running.images, firsts, self._ledgers, strict=True):
+            before = first if image == was else None
+            cycled.problems += aftermath.examine(image, before, self.ending, ledger)
+        for image in running.others:
+            cycled.problems += aftermath.examine(image, None, self.ending, None)
+        if running.images != self.images:
+            self._ledgers = []  # the next loop begins with new images
+
+    def keep(self, folder: Path) -> None:
+        """Copy the images, and what they were before the last loop, into `folder`."""
+        for path in sorted(self.folder.glob("disk*")):
+            copy(path, folder / path.name)
 
 
 def before_of(image: Image) -> Path:

@@ -22,7 +22,8 @@ from typing import Any
 import msgspec
 
 from powercut import endings, stats
-from powercut.cycle import Cycled, Lane, before_of, copy
+from powercut.cut import CutLane
+from powercut.cycle import Cycled, Lane, copy
 from powercut.errors import EnvironmentFault, InputError
 from powercut.guest.accelerator import Accelerator, choose
 from powercut.guest.hardware import Hardware
@@ -61,6 +62,8 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     unknown: list[Failure] = field(default_factory=list)
     operations: Counter[str] = field(default_factory=Counter)
+    states: list[float] = field(default_factory=list)  # of each recording: its crash states, as a power of two
+    checks: int = 0
     seconds: float = 0.0
 
     @property
@@ -115,7 +118,7 @@ class Loops:
 
     def __init__(self, scenario: Scenario, *, qemu: str = "qemu-system-x86_64", accelerator: str | None = None) -> None:
         assert scenario.loop is not None
-        endings.find(scenario.loop.ending)
+        self._ending = endings.find(scenario.loop.ending)
         version, guest = qemu_version(qemu), kernel()
         chosen = Accelerator(accelerator) if accelerator else choose(qemu, guest)
         self._scenario, plan = scenario, scenario.loop
@@ -123,7 +126,7 @@ class Loops:
         self.outcome = Outcome(scenario, version, chosen, guest.name)
         self._next = 0
         self._lock = threading.Lock()
-        self._stop = False
+        self._stop = self._given_up = False
 
     def run(
         self,
@@ -142,6 +145,8 @@ class Loops:
 
         def count(cycled: Cycled, lane: Lane) -> None:
             with self._lock:
+                if self._given_up:  # it was killed, so it says nothing
+                    return
                 self._count(cycled, lane, save)
                 self.outcome.seconds = time.monotonic() - begin
                 decided = test is not None and test.decide(len(self.outcome.failures), self.outcome.loops) is not None
@@ -150,7 +155,7 @@ class Loops:
 
         def run_lane(folder: Path) -> None:
             folder.mkdir()
-            lane = Lane(self._scenario, self._hardware, folder)
+            lane = self._lane(folder)
             while (number := self._take(total)) is not None:
                 count(lane.run(number), lane)
 
@@ -162,16 +167,20 @@ class Loops:
                 for lane in lanes:
                     lane.result()
             except BaseException:
-                self._stop = True
+                self._stop = self._given_up = True
                 kill_all()
                 raise
         return self.outcome
+
+    def _lane(self, folder: Path) -> Lane:
+        kind = CutLane if self._ending.recorded else Lane
+        return kind(self._scenario, self._hardware, folder)
 
     def replay(self, folder: Path, images: list[Path], number: int, operation: int, save: Path) -> Outcome:
         """Run loop `number` once more, from `images` if it did not begin with new ones."""
         begin = time.monotonic()
         with scratch() as home:
-            lane = Lane(self._scenario, self._hardware, home)
+            lane = self._lane(home)
             for base in folder.glob("*.base"):
                 copy(base, home / base.name)
             if images:
@@ -189,6 +198,8 @@ class Loops:
 
     def _count(self, cycled: Cycled, lane: Lane, save: Path) -> None:
         outcome = self.outcome
+        outcome.states.append(cycled.states)
+        outcome.checks += cycled.checks
         outcome.operations.update(dict(zip(("issued", "completed", "flushed"), cycled.operations, strict=True)))
         bad = [problem for problem in cycled.problems if problem.severity > Severity.CLEAN]
         outcome.loops += not cycled.unknown or bool(bad)
@@ -205,10 +216,7 @@ def keep(cycled: Cycled, lane: Lane, outcome: Outcome, save: Path) -> Path:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for image in lane.images:
-            for path in (image.path, before_of(image), image.base):
-                if path.exists():
-                    copy(path, folder / path.name)
+        lane.keep(folder)
         (folder / "command").write_text(f"{cycled.command}\n")
         (folder / "qmp.log").write_text("\n".join([*cycled.transcript, ""]))
         (folder / "serial.log").write_text(cycled.serial)

@@ -66,7 +66,7 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     ending: str = "quit"
     loops: Positive = 100
     quick: Positive | None = None
-    start: Literal["restore", "boot"] = "restore"
+    start: Literal["restore", "plug", "boot"] = "restore"
     device: Literal["virtio-blk", "virtio-scsi", "ide", "nvme"] = "virtio-blk"
     cache: Literal["writeback", "none", "writethrough", "directsync", "unsafe"] = "writeback"
     aio: Literal["threads", "native", "io_uring"] = "threads"

@@ -28,7 +28,9 @@ from powercut.commands import JSON, named_values
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--backing", metavar="SIZE", help="Put each image on a read-only backing file of this size.")
 @click.option("--fresh", is_flag=True, help="New images for each loop.  [default: the same again]")
-@click.option("--start", default="restore", show_default=True, help="restore (from a template in memory) or boot.")
+@click.option(
+    "--start", default="restore", show_default=True, help="restore (from a template in memory), plug or boot."
+)
 @click.option("--device", default="virtio-blk", show_default=True, help="virtio-blk, virtio-scsi, ide or nvme.")
 @click.option("--disks", default=1, show_default=True, type=click.IntRange(1, 4), help="How many disks.")
 @click.option(

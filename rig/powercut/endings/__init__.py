@@ -2,7 +2,9 @@
 
 A file has `end(running)`, which returns when the machine has ended; `KEEPS`, what must be in the image then; and, where
 it is not the default, `LEAKS`: whether clusters that nobody refers to are legal afterwards; `HEADER`: whether the
-header's fixed part may change; `AGENT`: whether the guest must run our agent.
+header's fixed part may change; `AGENT`: whether the guest must run our agent; `RECORDED`: whether what QEMU asks of
+the image is recorded, and every crash state explored, in place of what is looked at otherwise; `DIRECT`: whether the
+image's node must be the device's own, with nothing above it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from powercut.errors import InputError
@@ -31,19 +33,25 @@ ENDINGS: Final = (
     "snapshot-save-quit",
     "loadvm-quit",
     "hot-unplug",
+    "commit-quit",
+    "mirror-quit",
+    "stream-quit",
+    "power-cut",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A machine in the middle of its work. Block node `disk0` is the first of `images`, and so on. `writing` is None
-    where the guest has no agent. `number` counts the loops on these images; `random` is the loop's own."""
+    """A machine in the middle of its work. Block node `disk0` is the first of `images`, and so on; an ending that puts
+    another image on top puts it here, too, and those that must be sound besides into `others`. `writing` is None
+    where the guest has no agent. `number` is the loop's; `random` is its own."""
 
     machine: Machine
     images: list[Image]
     writing: Writing | None
     random: random.Random
     number: int = 0
+    others: list[Image] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class Ending:
     leaks: bool
     header: bool
     agent: bool
+    recorded: bool
+    direct: bool
 
 
 def find(name: str) -> Ending:
@@ -63,5 +73,5 @@ def find(name: str) -> Ending:
     if name not in ENDINGS:
         raise InputError(f"no ending {name!r}; there are {', '.join(ENDINGS)}")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    leaks, header, agent = (getattr(module, trait, False) for trait in ("LEAKS", "HEADER", "AGENT"))
-    return Ending(name, module.end, module.KEEPS, leaks, header, agent)
+    traits = (getattr(module, trait, False) for trait in ("LEAKS", "HEADER", "AGENT", "RECORDED", "DIRECT"))
+    return Ending(name, module.end, module.KEEPS, *traits)

@@ -130,25 +130,28 @@ static int find(int disk, char *path, size_t size) {
     return found;
 }
 
-static int find_soon(int disk, char *path, size_t size) {
-    for (double waited = 0; !find(disk, path, size); waited += 0.002) {
-        if (waited > PATIENCE)
-            return -ENODEV;
+/* Open a disk that may still be appearing: its name is there a little before the device answers. */
+static int open_soon(int disk, int flags) {
+    char path[300];
+    int fd = -1;
+    errno = ENODEV;
+    for (double waited = 0; waited < PATIENCE; waited += 0.002) {
+        if (find(disk, path, sizeof path) && (fd = open(path, flags | O_CLOEXEC)) >= 0)
+            break;
         usleep(2000);
     }
-    return 0;
+    return fd;
 }
 
 static void open_disk(unsigned long long tag, int disk) {
-    char path[300];
     unsigned long long size = 0;
-    if (disk < 0 || disk >= DISKS || find_soon(disk, path, sizeof path) < 0) {
-        done(tag, ENODEV, 0);
+    if (disk < 0 || disk >= DISKS) {
+        done(tag, EINVAL, 0);
         return;
     }
     if (disks[disk] >= 0)
         close(disks[disk]);
-    disks[disk] = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+    disks[disk] = open_soon(disk, O_RDWR | O_DIRECT);
     if (disks[disk] < 0 || ioctl(disks[disk], BLKGETSIZE64, &size) < 0)
         done(tag, errno, 0);
     else
@@ -213,9 +216,11 @@ static void deallocate(unsigned long long tag, int disk, int mode, unsigned long
 
 static void mount_disk(unsigned long long tag, int disk) {
     char path[300];
-    mkdir("/mnt", 0755);
-    int failed = find_soon(disk, path, sizeof path) < 0 || mount(path, "/mnt", "ext4", 0, NULL) < 0;
+    int fd = open_soon(disk, O_RDONLY);
+    int failed = fd < 0 || !find(disk, path, sizeof path) || mount(path, "/mnt", "ext4", 0, NULL) < 0;
     done(tag, failed ? errno : 0, 0);
+    if (fd >= 0)
+        close(fd);
 }
 
 static int write_file(const char *name, unsigned long long length, unsigned long long op) {

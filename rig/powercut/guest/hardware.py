@@ -87,8 +87,9 @@ def controllers(disks: list[Disk]) -> list[str]:
 
 
 def attached(disks: list[Disk], nodes: list[list[dict[str, Any]]]) -> list[str]:
-    """The command line of `disks`; of each, the first of its `nodes` is opened last, and is what the device uses."""
-    words = controllers(disks)
+    """The command line of `disks`; of each, the first of its `nodes` is opened last, and is what the device uses.
+    The controllers they need stand before."""
+    words = []
     for number, (disk, below) in enumerate(zip(disks, nodes, strict=True)):
         for node in reversed(below):
             words += ["-blockdev", json.dumps(node)]

@@ -69,6 +69,15 @@ class Image:
         file = {"driver": "file", "filename": str(self.path), "aio": aio, "cache": modes, "discard": unmap}
         return {"driver": self.format, "file": file, "cache": modes, "discard": unmap}
 
+    def base_node(self) -> dict[str, Any]:
+        """The block node of its backing file."""
+        file = {"driver": "file", "filename": str(self.base)}
+        return {"driver": self.backing_format, "read-only": True, "file": file}
+
+    def read_base(self, raw: Path) -> None:
+        """Write what its backing file holds to `raw`."""
+        convert(self.base, self.backing_format, raw, "raw")
+
     def held(self, qemu_img: str | None = None) -> NDArray[np.int64]:
         """By sector, which operation's stamp the guest would read (`powercut.guest.ledger.read`)."""
         raw = self.path.with_name(f"{self.path.name}.raw")

@@ -1,4 +1,4 @@
-"""Three ways to a guest whose agent answers and has its disks open: a boot, and a restored template.
+"""Three ways to a guest whose agent answers and has its disks open: boot, restore from a template, and plug.
 
 A template is the guest's memory, in a file, and the state of its devices, kept in the user's cache for each
 combination of QEMU, kernel and devices. It is made with nothing but null disks of the right size. A restored machine
@@ -22,7 +22,7 @@ from typing import Any
 
 from powercut import compiled
 from powercut.errors import EnvironmentFault
-from powercut.guest.hardware import CANNOT_MIGRATE, Disk, Hardware, attached, device
+from powercut.guest.hardware import CANNOT_MIGRATE, Disk, Hardware, attached, controllers, device
 from powercut.guest.machine import Machine
 
 BOOT_PATIENCE = 60.0  # seconds until a booting guest must answer
@@ -33,7 +33,7 @@ _IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 def boot(hardware: Hardware, disks: list[Disk], folder: Path, environment: Mapping[str, str] | None = None) -> Machine:
     """Start a machine from its power button. Raises EnvironmentFault, Unanswered."""
     nodes = [[{**disk.node, "node-name": f"disk{number}"}] for number, disk in enumerate(disks)]
-    command = [*hardware.arguments(), *attached(disks, nodes)]
+    command = [*hardware.arguments(), *controllers(disks), *attached(disks, nodes)]
     machine = Machine(command, folder, with_agent=hardware.kernel is not None, environment=environment)
     if hardware.kernel is None:
         return machine
@@ -46,9 +46,24 @@ def restore(
     """Start a machine from a template, which is made if it is not there. Raises EnvironmentFault, Unanswered."""
     staying = [disk for disk in disks if disk.device not in CANNOT_MIGRATE]
     if staying and len(staying) < len(disks):
-        raise EnvironmentFault("NVMe disks beside others can only be booted: use --start boot")
-    template = _template(hardware, staying, folder)
-    command = [*hardware.arguments(memory_file=template / "memory"), *_with_null_disks(staying)]
+        raise EnvironmentFault("NVMe disks beside others cannot be restored: use --start plug or boot")
+    return _from_template(hardware, disks, staying, folder, environment)
+
+
+def plug(hardware: Hardware, disks: list[Disk], folder: Path, environment: Mapping[str, str] | None = None) -> Machine:
+    """Start a machine from a template without disks, and plug them in: nothing lies between a device and its image."""
+    if any(disk.device == "ide" for disk in disks):
+        raise EnvironmentFault("IDE disks cannot be plugged in: use --start restore or boot")
+    return _from_template(hardware, disks, [], folder, environment)
+
+
+def _from_template(
+    hardware: Hardware, disks: list[Disk], staying: list[Disk], folder: Path, environment: Mapping[str, str] | None
+) -> Machine:
+    """Restore a machine with null disks in the place of those that are `staying`, and plug in the others."""
+    control = controllers(disks)
+    template = _template(hardware, [*control, *_null_disks(staying)])
+    command = [*hardware.arguments(memory_file=template / "memory"), *control, *_null_disks(staying)]
     machine = Machine([*command, "-incoming", "defer"], folder, environment=environment)
     try:
         machine.ask("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
@@ -88,7 +103,7 @@ def _top(number: int, below: str) -> dict[str, Any]:
     return {"driver": "raw", "node-name": f"top{number}", "file": below, "discard": "unmap"}
 
 
-def _with_null_disks(disks: list[Disk]) -> list[str]:
+def _null_disks(disks: list[Disk]) -> list[str]:
     nodes = [
         [
             _top(number, f"null{number}"),
@@ -99,9 +114,9 @@ def _with_null_disks(disks: list[Disk]) -> list[str]:
     return attached(disks, nodes)
 
 
-def _template(hardware: Hardware, disks: list[Disk], folder: Path) -> Path:
-    """The folder of the template for this hardware and null disks in the place of these."""
-    command = [*hardware.arguments(memory_file=Path("memory")), *_with_null_disks(disks)]
+def _template(hardware: Hardware, disks: list[str]) -> Path:
+    """The folder of the template for this hardware and the words of the command line that speak of disks."""
+    command = [*hardware.arguments(memory_file=Path("memory")), *disks]
     program = os.stat(command[0])
     what = [*command, str(program.st_size), str(program.st_mtime_ns)]
     key = hashlib.sha256("\0".join(what).encode()).hexdigest()[:20]
@@ -121,13 +136,13 @@ def _template(hardware: Hardware, disks: list[Disk], folder: Path) -> Path:
         raise EnvironmentFault(f"{home}: a template cannot be kept there: {error.strerror}") from None
 
 
-def _make_template(hardware: Hardware, disks: list[Disk], home: Path) -> None:
+def _make_template(hardware: Hardware, disks: list[str], home: Path) -> None:
     _forget_old(home.parent)
     with tempfile.TemporaryDirectory(prefix=".template-", dir=home.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
         arguments = hardware.arguments(memory_file=made / "memory", shared=True)
-        with Machine([*arguments, *_with_null_disks(disks)], Path(scratch)) as machine:
+        with Machine([*arguments, *disks], Path(scratch)) as machine:
             machine.agent.hello(BOOT_PATIENCE)
             machine.ask("stop")
             machine.ask("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
@@ -151,4 +166,4 @@ def _forget_old(folder: Path) -> None:
             old.with_suffix(".lock").unlink(missing_ok=True)
 
 
-STARTS = {"boot": boot, "restore": restore}
+STARTS = {"boot": boot, "restore": restore, "plug": plug}

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from powercut.report.text import count, verdict_word
+from powercut.report.text import count, states, verdict_word
 
 _SHOWN = 5
 
@@ -29,7 +29,10 @@ def text(outcome: Any) -> str:
         f"{done['completed']:,} completed, {done['flushed']:,} flushed, {outcome.seconds:.1f} s, "
         f"{outcome.rate:.1f} loops/s"
     )
-    images = "a new image each" if plan.fresh else "images used again"
+    if outcome.checks:
+        recordings, together = count(len(outcome.states), "recording"), states(sum(outcome.states))
+        lines.append(f"  explored  {recordings}, together {together} crash states in {outcome.checks:,} checks")
+    images = "a new image each" if plan.fresh or outcome.checks else "images used again"
     disks = f"{count(plan.disks, plan.device + ' disk')} of {scenario.size}"
     lines.append(f"  guests    {plan.start}, {disks}, cache {plan.cache}, {images}")
     lines.append(f"  machine   QEMU {outcome.qemu}, {_accelerator(outcome)}, kernel {outcome.kernel}")
@@ -67,6 +70,8 @@ def document(outcome: Any, schema: str) -> dict[str, Any]:
         "bound": outcome.bound,
         "seconds": round(outcome.seconds, 2),
         "operations": dict(outcome.operations),
+        "log2_states": sum(outcome.states),
+        "checks": outcome.checks,
         "qemu": outcome.qemu,
         "accelerator": {"name": outcome.accelerator.name, "why": outcome.accelerator.why},
         "kernel": outcome.kernel,
