@@ -108,6 +108,8 @@ class State(Protocol):
     def names(self, directory: Node) -> set[str]:
         """Every name that `directory` has in some state. Decides nothing."""
 
+    def is_directory(self, node: Node) -> bool: ...
+
 
 class CrashSet:
     """`files` as one of its crash states.
@@ -167,6 +169,11 @@ class CrashSet:
 
     def entries(self, directory: Node) -> list[str]:
         return [name for name in sorted(self.names(directory)) if self.lookup(directory, name) is not None]
+
+    def is_directory(self, node: Node) -> bool:
+        if node.level == self.level:
+            return self.files.trace.files[node.id].role == "directory"
+        return self._below is not None and self._below.is_directory(node)
 
     # Sizes and contents
 
