@@ -89,7 +89,10 @@ class Served:
 
     def open(self, path: str, flags: int) -> int:
         store, name = self._at(path)
-        return self._opened(store.open(name, write=flags & os.O_ACCMODE != os.O_RDONLY))
+        file = store.open(name, write=flags & os.O_ACCMODE != os.O_RDONLY)
+        if flags & os.O_TRUNC:  # libfuse leaves it to us
+            file.truncate(0)
+        return self._opened(file)
 
     def create(self, path: str) -> int:
         store, name = self._at(path)
@@ -130,9 +133,6 @@ class Served:
     def sync_dir(self, path: str) -> None:
         self._directory(path).sync_dir()
 
-    def release(self, fh: int) -> None:
-        self._open.pop(fh).close()
-
     def unlink(self, path: str) -> None:
         store, name = self._at(path)
         store.unlink(name)
@@ -167,7 +167,7 @@ def _operations(mount: Mount) -> Any:
             return [".", "..", *do("readdir", path)]
 
         def open(self, path: str, flags: int) -> int:
-            return int(do("open", path, flags & os.O_ACCMODE))
+            return int(do("open", path, flags & (os.O_ACCMODE | os.O_TRUNC)))
 
         def create(self, path: str, mode: int, fi: Any = None) -> int:
             return int(do("create", path))
@@ -197,10 +197,6 @@ def _operations(mount: Mount) -> Any:
         def flush(self, path: str, fh: int) -> int:
             return 0
 
-        def release(self, path: str, fh: int) -> int:
-            do("release", fh)
-            return 0
-
         def unlink(self, path: str) -> int:
             do("unlink", path)
             return 0
@@ -220,7 +216,14 @@ def _operations(mount: Mount) -> Any:
 
         def statfs(self, path: str) -> dict[str, int]:
             free = 1 << 30
-            return {"f_bsize": 4096, "f_frsize": 4096, "f_blocks": free, "f_bfree": free, "f_bavail": free, "f_namemax": 255}
+            return {
+                "f_bsize": 4096,
+                "f_frsize": 4096,
+                "f_blocks": free,
+                "f_bfree": free,
+                "f_bavail": free,
+                "f_namemax": 255,
+            }
 
     return Adapter()
 
@@ -229,7 +232,7 @@ Calls = Callable[..., Any]  # (name of a method of Served, arguments) -> its res
 
 
 class Mount:
-    """A mounted directory, at `path` while the context is entered. Raises EnvironmentFault where FUSE cannot be used."""
+    """A mounted directory, at `path` while the context is entered. Raises EnvironmentFault where there is no FUSE."""
 
     def __init__(self) -> None:
         self.path = ""

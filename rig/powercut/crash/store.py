@@ -173,7 +173,7 @@ class SetStore:
         return [name for name in sorted(self._possible()) if self.kind(name) is not None]
 
     def kind(self, name: str) -> str | None:
-        """"file" or "directory"; None: there is nothing of this name."""
+        """ "file" or "directory"; None: there is nothing of this name."""
         if self._directory(name) is not None:
             return "directory"
         return None if self._find(name) is None else "file"
