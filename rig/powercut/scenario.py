@@ -88,6 +88,18 @@ class Errors(Struct, frozen=True, forbid_unknown_fields=True):
     lasting: tuple[Literal["once", "good"], ...] = ("once", "good")
 
 
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """Our model of the qcow2 driver, served over NBD, in place of QEMU's; `loops` times the guest writes, a snapshot is
+    taken with `state` bytes of a machine's state, and everything is closed. `defects`: those planted in it. `guest`:
+    our own client, or a real machine."""
+
+    era: Literal["today", "April 2009"] = "today"
+    defects: tuple[str, ...] = ()
+    loops: Positive = 10
+    state: str = "484k"
+    guest: Literal["client", "machine"] = "client"
+
+
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """See the module. `rule` and `qemu` go with expect = "BROKEN": the rule that must be among the broken ones, and
     the QEMU versions (prefixes) for which that is known; for others nothing is expected. `trace`: a recording that
@@ -105,6 +117,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     record: Recording = Recording()
     explore: Exploration = Exploration()
     loop: Loop | None = None
+    model: Model | None = None
     errors: Errors | None = None
     rule: Literal["opens", "structure", "acknowledged", "checker", "repairs", "alive"] | None = None
     qemu: tuple[str, ...] = ()

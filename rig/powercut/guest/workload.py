@@ -18,7 +18,7 @@ from quire.nbd_protocol import Command
 
 MIB = 1 << 20
 KINDS = {"write": Kind.WRITE, "zero": Kind.ZERO, "discard": Kind.DISCARD, "flush": Kind.FLUSH}
-_COMMANDS = {
+COMMANDS = {
     Kind.WRITE: Command.WRITE,
     Kind.ZERO: Command.WRITE_ZEROES,
     Kind.DISCARD: Command.TRIM,
@@ -83,6 +83,13 @@ def draw(seed: int, operations: int, size: int, extra: Iterable[str] = ()) -> It
         place += length
 
 
+def payload(number: int, epoch: int, operation: Operation) -> bytes:
+    """The bytes that operation `number` writes: stamps, or nothing."""
+    if operation.kind is not Kind.WRITE:
+        return b""
+    return stamp.make(number, epoch, operation.offset // SECTOR, operation.length // SECTOR)
+
+
 class Workload:
     """Drives operations into a disk and marks each in the trace when it is issued and when it completes.
 
@@ -131,15 +138,13 @@ class Workload:
         self._number += 1
         number, kind = self._number, operation.kind
         offset, length = operation.offset, operation.length
-        data = b""
-        if kind is Kind.WRITE:
-            data = stamp.make(number, self._epoch, offset // SECTOR, length // SECTOR)
+        data = payload(number, self._epoch, operation)
         position = -1
         if self._writer is not None:
             position = self._writer.issue(kind, self._guest, offset, length, ref=number)
         self._pending[number] = (operation, position)
         self._client.submit(
-            _COMMANDS[kind],
+            COMMANDS[kind],
             offset,
             length,
             data,

@@ -139,3 +139,25 @@ def test_the_model_reads_and_goes_on_with_what_qemu_writes(tmp_path: Path, optio
         assert qemu("qemu-img", "check", again).returncode == 0
         assert qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", again, raw.with_suffix(".2")).returncode == 0
         assert raw.with_suffix(".2").read_bytes() == held
+
+
+def test_the_loops_of_the_thread_end_as_they_did(planted: Callable[[str, bool], None]) -> None:
+    """`savevm x; quit` on an image of 1 MiB with clusters of 4 KiB, measured with QEMU of April 2009: the sizes of the
+    file after each loop, what qemu-img check counts, and the first bytes where the header was. The state of the
+    machine had 121, 121 and 122 clusters (by the sizes of the file), and is written 32 KiB at a time."""
+    measured = [(520_704, 0, 0, b"QFI\xfb"), (1_028_608, 1, 121, b"QFI\xfb"), (1_536_512, 1, 0, b"\0\0\0\0")]
+    file = MemoryFile(create(MIB, cluster_bits=12, version=2))
+    seen = []
+    for clusters in (121, 121, 122):
+        image = run(open_image(OF_2009), file)
+        for at in range(0, clusters * 4096, 32768):
+            run(image.write_vmstate(at, b"s" * min(32768, clusters * 4096 - at)), file)
+        run(snapshots.create(image, "x", clusters * 4096), file)
+        run(image.close(), file)
+        found = check(file)
+        seen.append((file.size, len(found.problems), found.leaks, bytes(file.content[:4])))
+    planted("2009: savevm loops", seen == measured)
+    assert seen == measured
+    assert file.content[:16].hex() == "00000000000fc00000000000000fd000"
+    count, offset = int.from_bytes(file.content[60:64], "big"), int.from_bytes(file.content[64:72], "big")
+    assert (count, offset) == (3, 375 * 4096), "the live snapshot table, patched into the L2 table"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from powercut.formats.qcow2 import layout as q
@@ -28,6 +29,23 @@ from powercut.formats.qcow2.header import Header
 _SLOTS = 16
 _L1_SIZE_FIELD, _INCOMPATIBLE_FIELD = 36, 72  # of the header: l1_size, then l1_table_offset
 ROW = q.SECTOR // 8  # L1 entries that are written together
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    l1_offset: int
+    l1_size: int
+    id: str
+    name: str
+    vm_state_size: int
+    disk_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTable:
+    offset: int
+    length: int
+    snapshots: list[Snapshot]
 
 
 class Given(NamedTuple):
@@ -58,6 +76,7 @@ class Core:
         self.tables = Cache(self.cluster, _SLOTS, practice.through)
         self.refcounts.gone = self.tables.forget
         self.tables.before = self._before_tables
+        self.snapshot_table: SnapshotTable | None = None
         self._given: list[Given] = []
         self._requests = 0
         self._running: set[int] = set()

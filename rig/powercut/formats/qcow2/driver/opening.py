@@ -5,7 +5,7 @@ from __future__ import annotations
 from powercut.disk import Disk
 from powercut.errors import InputError
 from powercut.formats.qcow2 import layout as q
-from powercut.formats.qcow2.driver import host
+from powercut.formats.qcow2.driver import host, snapshots
 from powercut.formats.qcow2.driver.core import unpack
 from powercut.formats.qcow2.driver.host import MemoryFile
 from powercut.formats.qcow2.driver.image import Backing, Image
@@ -28,6 +28,7 @@ async def open_image(practice: Practice = TODAY, backing: Backing | None = None)
     length = header.refcount_table_clusters << header.cluster_bits
     image = Image(practice, header, l1, unpack(await host.read(header.refcount_table_offset, length)))
     image.backing = backing
+    await snapshots.table(image)
     if image.dirty:
         await rebuild(image)
     return image

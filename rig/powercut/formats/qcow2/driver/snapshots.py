@@ -8,35 +8,17 @@ its copied flag. Nothing of the guest's may be in flight.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from powercut.errors import InputError
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.driver import host
-from powercut.formats.qcow2.driver.core import pack, unpack
+from powercut.formats.qcow2.driver.core import Snapshot, SnapshotTable, pack, unpack
 from powercut.formats.qcow2.driver.image import Image
 from powercut.formats.qcow2.driver.mapping import offset_of
 
 _COUNT_FIELD = 60  # of the header: nb_snapshots, then snapshots_offset
 _ENTRY = struct.Struct(">QIHHIIQII")
 assert _ENTRY.size == q.SNAPSHOT.itemsize
-
-
-@dataclass
-class Snapshot:
-    l1_offset: int
-    l1_size: int
-    id: str
-    name: str
-    vm_state_size: int
-    disk_size: int
-
-
-@dataclass
-class Table:
-    offset: int
-    length: int
-    snapshots: list[Snapshot]
 
 
 async def create(image: Image, name: str, vm_state_size: int = 0) -> None:
@@ -127,8 +109,14 @@ def _find(snapshots: list[Snapshot], name: str) -> Snapshot:
     raise InputError(f"there is no snapshot {name!r}")
 
 
-async def table(image: Image) -> Table:
-    """The snapshot table as it is on disk."""
+async def table(image: Image) -> SnapshotTable:
+    """The snapshot table: as it was on disk when it was first asked for, and as it was changed since."""
+    if image.snapshot_table is None:
+        image.snapshot_table = await _read(image)
+    return image.snapshot_table
+
+
+async def _read(image: Image) -> SnapshotTable:
     head = await host.read(_COUNT_FIELD, 12)
     number, start = int.from_bytes(head[:4], "big"), int.from_bytes(head[4:], "big")
     offset, snapshots = start, []
@@ -144,10 +132,10 @@ async def table(image: Image) -> Table:
         identity, name = words[:id_size].decode(errors="replace"), words[id_size:].decode(errors="replace")
         snapshots.append(Snapshot(l1_offset, l1_size, identity, name, vm_state_size, disk_size))
         offset += _ENTRY.size + extra_size + id_size + name_size
-    return Table(start, offset - start, snapshots)
+    return SnapshotTable(start, offset - start, snapshots)
 
 
-async def _write(image: Image, old: Table, snapshots: list[Snapshot]) -> None:
+async def _write(image: Image, old: SnapshotTable, snapshots: list[Snapshot]) -> None:
     """Write a new table, point to it, and give up the old one."""
     new = bytearray()
     for snapshot in snapshots:
@@ -166,5 +154,6 @@ async def _write(image: Image, old: Table, snapshots: list[Snapshot]) -> None:
     await image.flush()
     await image.refcounts.write()
     await image.patch_header(_COUNT_FIELD, len(snapshots).to_bytes(4, "big") + offset.to_bytes(8, "big"))
+    image.snapshot_table = SnapshotTable(offset, len(new), snapshots)
     if old.length:
         await image.refcounts.free(old.offset, old.length)
