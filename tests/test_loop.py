@@ -206,6 +206,20 @@ def test_command(tmp_path: Path) -> None:
     assert 0.77 < document["bound"] < 0.78
 
 
+def test_a_scenario_of_loops_in_the_gate(tmp_path: Path) -> None:
+    hardware()
+    text = 'about = "x"\nexpect = "{}"\nsize = "64M"\nworkload.operations = 8\nloop = {{ loops = 50, quick = 1 }}\n'
+    good, bad, ugly = tmp_path / "good.toml", tmp_path / "bad.toml", tmp_path / "ugly.toml"
+    good.write_text(text.format("CLEAN"))
+    bad.write_text(text.format("BROKEN"))
+    ugly.write_text(text.format("CLEAN") + "[loop]\n")
+    done = CliRunner().invoke(main, ["gate", str(good), str(bad), "--save", str(tmp_path), "--json", "-"])
+    assert done.exit_code == 1, done.output
+    results = json.loads(done.stdout)["results"]
+    assert [(result["state"], result["loops"]["loops"]) for result in results] == [("expected", 1), ("unexpected", 1)]
+    assert CliRunner().invoke(main, ["gate", str(ugly)]).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -12,9 +12,11 @@ from typing import Any
 
 import click
 
-from powercut import formats, operations, record, run
+from powercut import endings, formats, operations, record, run
+from powercut import loop as looping
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
+from powercut.report import loop as loop_reports
 from powercut.report import outcome as reports
 from powercut.report.text import progress, states
 from powercut.run import Outcome
@@ -35,6 +37,7 @@ class Result:
     why: str = ""
     outcome: Outcome | None = None
     saved: list[reports.Saved] | None = None
+    looped: looping.Outcome | None = None  # in place of `outcome`, where a scenario is of loops
     seconds: float = 0.0
 
 
@@ -56,9 +59,13 @@ def collect(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool = False) -> list[Result]:
-    """Run every scenario, printing a line for each unless `quiet`. Raises InputError for a bad scenario file, before
-    any is run."""
+def run_all(
+    paths: Sequence[Path], jobs: int | None, save: Path, *, full: bool = False, quiet: bool = False
+) -> list[Result]:
+    """Run every scenario, printing a line for each unless `quiet`. `full`: all the loops that they ask for.
+
+    Raises InputError for a bad scenario file, before any is run.
+    """
     scenarios = [(file, _load(file)) for file in collect(paths)]
     width = max(len(scenario.name) for _, scenario in scenarios)
     try:
@@ -77,7 +84,11 @@ def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool 
             result = Result(scenario.name, scenario, "skipped", "no QEMU")
         else:
             try:
-                result = _run(file, scenario, qemu or "", jobs, save)
+                result = (
+                    _run_loops(scenario, jobs, save, full)
+                    if scenario.loop is not None
+                    else _run(file, scenario, qemu or "", jobs, save)
+                )
             except PowercutError as error:
                 result = Result(scenario.name, scenario, "unknown", str(error))
         result.seconds = time.monotonic() - begin
@@ -92,8 +103,11 @@ def run_all(paths: Sequence[Path], jobs: int | None, save: Path, *, quiet: bool 
 def _load(file: Path) -> Scenario:
     scenario = load(file)
     try:
-        formats.find(scenario.format)
-        operations.operations(scenario)
+        if scenario.loop is not None:
+            endings.find(scenario.loop.ending)
+        else:
+            formats.find(scenario.format)
+            operations.operations(scenario)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     return scenario
@@ -119,6 +133,23 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
                 outcome.findings[i] = finding.of_trace(str(kept))
             result.saved = reports.save(outcome.findings, save / f"{scenario.name}.findings")
         return result
+
+
+def _run_loops(scenario: Scenario, jobs: int | None, save: Path, full: bool) -> Result:
+    """Run a scenario of loops: as many as it asks for, or only a few. Without a guest it is skipped."""
+    assert scenario.loop is not None
+    try:
+        loops = looping.Loops(scenario)
+    except EnvironmentFault as fault:
+        return Result(scenario.name, scenario, "skipped", str(fault))
+    number = scenario.loop.loops if full else min(scenario.loop.loops, scenario.loop.quick or scenario.loop.loops)
+    with progress(lambda: f"{scenario.name}: {loop_reports.title(loops.outcome)}") as show:
+        outcome = loops.run(
+            loops=number, jobs=jobs, save=save / scenario.name, progress=lambda so_far, of: show(so_far.loops, of)
+        )
+    state = "unknown" if outcome.word == "UNKNOWN" else "expected" if outcome.word == scenario.expect else "unexpected"
+    why = [outcome.proves, *(failure.replay for failure in outcome.failures[:1] if failure.folder)]
+    return Result(scenario.name, scenario, state, "; ".join(why), looped=outcome)
 
 
 def plan_of(scenario: Scenario, trace: Path) -> Plan:
@@ -152,7 +183,7 @@ def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:
 
 def _line(result: Result, width: int) -> str:
     coverage = result.outcome.coverage if result.outcome else None
-    got = str(result.outcome.verdict) if result.outcome else result.state
+    got = str(result.outcome.verdict) if result.outcome else result.looped.word if result.looped else result.state
     numbers = (
         f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}" if coverage else " " * 25
     )
@@ -198,6 +229,7 @@ def document(results: list[Result]) -> dict[str, Any]:
                 "why": result.why,
                 "seconds": round(result.seconds, 2),
                 "outcome": reports.document(result.outcome, result.saved or []) if result.outcome else None,
+                "loops": loop_reports.document(result.looped, looping.SCHEMA) if result.looped else None,
             }
             for result in results
         ],

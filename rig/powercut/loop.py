@@ -34,6 +34,7 @@ from powercut.scenario import Scenario
 from powercut.verdict import Severity
 
 SCHEMA, KEPT = "powercut.loop/1", "powercut.loop-kept/1"
+_IN_A_ROW = 4  # loops on the same images at least, where nothing else was asked for
 _KEEP = 5  # failing loops of which everything is kept
 _TOO_MANY = 5  # loops that say nothing, after which it is of no use to go on
 
@@ -140,7 +141,8 @@ class Loops:
         """Raises EnvironmentFault if a loop cannot be run."""
         test = stats.Sequential(0, proof) if proof is not None else None
         total = stats.loops_needed(proof) if proof is not None else loops or 1
-        jobs = min(jobs or (os.cpu_count() or 1) + 1, total)
+        # One guest more than there are cores; where loops are few, less, so that images are used again.
+        jobs = min(jobs or min((os.cpu_count() or 1) + 1, -(-total // _IN_A_ROW)), total)
         begin = time.monotonic()
 
         def count(cycled: Cycled, lane: Lane) -> None:

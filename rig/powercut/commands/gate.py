@@ -21,8 +21,9 @@ from powercut.commands import JOBS, JSON
     metavar="DIR",
     help="Where traces and findings of unexpected results are kept.",
 )
+@click.option("--full", is_flag=True, help="All the loops that scenarios ask for (hours).  [default: a few of each]")
 @JSON
-def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, json_path: str | None) -> None:
+def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, full: bool, json_path: str | None) -> None:
     """Run SCENARIOS (files or folders; default: scenarios/) and compare with what they expect.
 
     Exits 1 if any result was unexpected, else 3 if any was UNKNOWN or skipped, else 0; 2 if nothing ran.
@@ -30,6 +31,6 @@ def gate(scenarios: tuple[Path, ...], jobs: int | None, save: Path, json_path: s
     from powercut import gate as gatekeeper
     from powercut.report import document
 
-    results = gatekeeper.run_all(scenarios, jobs, save, quiet=json_path == "-")
+    results = gatekeeper.run_all(scenarios, jobs, save, full=full, quiet=json_path == "-")
     document.write(gatekeeper.document(results), json_path)
     sys.exit(gatekeeper.exit_code(results))
