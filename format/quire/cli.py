@@ -278,6 +278,74 @@ def diff(old: str, new: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("address")
+def seal(address: str) -> None:
+    """Seal a snapshot and what it builds on: from then on, what it reads as can be verified."""
+    with _opened(address, write=True) as (opened, name), _progress("seal") as progress:
+        opened.seal(_head(opened, name), progress)
+
+
+@main.command()
+@click.argument("address")
+@JSON
+def verify(address: str, as_json: bool) -> None:
+    """Read all that a sealed snapshot builds on in its set, and compare it with the seals. Changes nothing.
+
+    Exits 1 if something is not what was sealed."""
+    from quire.errors import Damaged
+    from quire.seal import UNIT
+
+    bad: list[tuple[str, int | None, str]] = []
+    units = 0
+    with _opened(address) as (opened, name), _progress("verify") as progress:
+        chain = list(opened.manifest.chain(opened.manifest.name(_head(opened, name)).leaf))
+        for identity in chain:
+            try:
+                with contextlib.closing(opened.seal_of(opened.leaf(identity.leaf)) or _unsealed(identity.file)) as held:
+                    bad += [(identity.file, at, f"{UNIT} bytes") for at in held.verify_all(progress)]
+                    bad += [(held.name, at, "one copy of a page of the seal") for at in held.bad]
+            except Damaged as error:
+                bad.append((error.file, error.offset, error.what))
+            units += -(-identity.size // UNIT)
+    if as_json:
+        click.echo(json.dumps({"schema": "quire.verify/1", "leaves": len(chain), "units": units, "bad": bad}))
+    else:
+        for file, at, what in bad:
+            click.echo(f"{file}, offset {at}: {what}: not what was sealed")
+        click.echo(f"{len(chain)} leaves, {units:,} units of {UNIT:,} bytes: {len(bad) or 'nothing'} bad")
+    sys.exit(bool(bad))
+
+
+def _unsealed(file: str) -> Any:
+    from quire.errors import Unusable
+
+    raise Unusable(file, "is not sealed")
+
+
+@main.command()
+@click.argument("directory")
+@JSON
+def scrub(directory: str, as_json: bool) -> None:
+    """Read every copy of everything in a set, and mend what can be.
+
+    Exits 1 if something is left that could not be mended."""
+    from quire.scrub import scrub as scrub_set
+
+    with _opened(directory, write=True) as (opened, _), _progress("scrub") as progress:
+        found = scrub_set(opened, lambda what, done, of: progress(done, of))
+    left = [one for one in found if not one.mended]
+    if as_json:
+        rows = [{"file": one.file, "offset": one.offset, "what": one.what, "mended": one.mended} for one in found]
+        click.echo(json.dumps({"schema": "quire.scrub/1", "found": rows}))
+    else:
+        for one in found:
+            where = one.file if one.offset is None else f"{one.file}, offset {one.offset:,}"
+            click.echo(f"{'mended' if one.mended else 'DAMAGE'}  {where}: {one.what}")
+        click.echo(f"{len(found)} found, {len(found) - len(left)} mended" if found else "all is as it should be")
+    sys.exit(bool(left))
+
+
+@main.command()
+@click.argument("address")
 @click.option("--socket", "path", required=True, type=click.Path(path_type=Path), help="Where to listen.")
 @click.option("--read-only", is_flag=True, help="Let nobody write.")
 def serve(address: str, path: Path, read_only: bool) -> None:

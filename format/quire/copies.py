@@ -22,6 +22,7 @@ class Copies:
         self._store = store
         self._stopped = None if write else "opened for reading"
         self._files: list[File] = []
+        self.mended: list[str] = []  # files that were bad or older, and are rewritten
         try:
             self._open(write)
         except BaseException:
@@ -60,6 +61,7 @@ class Copies:
                 if raw != best:
                     file.write(0, best)
                     file.sync()
+                    self.mended.append(file.name)
 
     def save(self, manifest: Manifest) -> None:
         """Make a manifest the one that counts: it is durable in both copies when this returns. Raises OSError; then

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from quire import pages
@@ -42,6 +42,7 @@ class Leaf(Commit):
         super().__init__(file, identity, journal, found)
         self.parent = parent
         self.size = identity.size
+        self.verify: Callable[[int, int], None] | None = None  # called before a range is read from the file
         self.repaired = 0  # pages that were rewritten from their other copy when it was opened
         self._chain: list[Leaf] = []  # the leaves below, the nearest first
         self._below: Below | None = None  # which of them holds what
@@ -164,6 +165,8 @@ class Leaf(Commit):
         return self._below
 
     def _home(self, offset: int, length: int) -> bytes:
+        if self.verify is not None:
+            self.verify(offset, length)
         data = self.file.read(offset, length)
         if len(data) != length:
             raise Damaged(self.file.name, "ends within its data", offset)

@@ -28,9 +28,12 @@ from quire.errors import Busy, Foreign, ReadOnly, Unusable
 from quire.guest_state import Kept, read_state, write_state
 from quire.identity import Identity
 from quire.image import Image
-from quire.layout import CHECKED_RECORDS, NONE, SLOTS, default_slots
+from quire.layout import CHECKED_RECORDS, DEAD_LEAF, NONE, SLOTS, default_slots
 from quire.leaf import Leaf, Mode
 from quire.manifest import MAX_CHAIN, Base, Manifest, Name, good_name, good_path
+from quire.seal import Progress, Seal, quiet
+from quire.seal import file_name as seal_file
+from quire.seal import write as write_seal
 from quire.store import File, Store
 
 FEATURES = CHECKED_RECORDS  # of leaves that are made
@@ -48,13 +51,21 @@ def now() -> int:
 
 class Set:
     """See the module. `write`: whether it was opened for writing. `features`: those of leaves that it makes.
-    `strangers`: leaves that nothing names and that hold something. The set closes its images; the caller closes
+    `strangers`: leaves that nothing names and that hold something. `verify`: what is read of sealed leaves is compared
+    with their seals. The set closes its images; the caller closes
     `store`."""
 
     def __init__(
-        self, store: Store, lock: File | None, *, features: int = FEATURES, within: frozenset[bytes] = frozenset()
+        self,
+        store: Store,
+        lock: File | None,
+        *,
+        features: int = FEATURES,
+        verify: bool = False,
+        within: frozenset[bytes] = frozenset(),
     ) -> None:
         self.store = store
+        self.verify = verify
         self.features = features
         self.write = lock is not None
         self.strangers: list[str] = []
@@ -62,6 +73,7 @@ class Set:
         self._tree = threading.RLock()
         self._images: dict[str, Image] = {}
         self._snapshots: list[Image] = []
+        self._seals: list[Seal] = []
         self._below: dict[bytes, Leaf] = {}  # leaves that are only read, by id
         self._bases: dict[bytes, Set] = {}
         self._within = within  # the sets whose parents are being looked for
@@ -116,16 +128,22 @@ class Set:
 
     @classmethod
     def open(
-        cls, store: Store, *, write: bool = False, features: int = FEATURES, within: frozenset[bytes] = frozenset()
+        cls,
+        store: Store,
+        *,
+        write: bool = False,
+        features: int = FEATURES,
+        verify: bool = False,
+        within: frozenset[bytes] = frozenset(),
     ) -> Self:
         """Open a set. Raises Busy if somebody else writes to it, Refused if it cannot be used."""
         if not write:
-            return cls(store, None, within=within)
+            return cls(store, None, verify=verify, within=within)
         if not set(copies.FILES) & set(store.names()):
             raise Foreign(store.path, "not a quire: it has no manifest")
         lock = writer.take(store)
         try:
-            made = cls(store, lock, features=features)
+            made = cls(store, lock, features=features, verify=verify)
         except BaseException:
             lock.close()
             raise
@@ -140,11 +158,14 @@ class Set:
             last.callback(self._copies.close)
             for base in self._bases.values():
                 last.callback(base.close)
+            for seal in self._seals:
+                last.callback(seal.close)
             for leaf in self._below.values():
                 last.callback(leaf.close)
             for image in (*self._images.values(), *self._snapshots):
                 last.callback(image.close)
-            self._lock, self._bases, self._below, self._images, self._snapshots = None, {}, {}, {}, []
+            self._lock, self._bases, self._below, self._images = None, {}, {}, {}
+            self._snapshots, self._seals = [], []
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +179,11 @@ class Set:
     def manifest(self) -> Manifest:
         """The tree as it is now."""
         return self._copies.manifest
+
+    @property
+    def mended(self) -> list[str]:
+        """The files of the manifest that were bad when the set was opened, and were rewritten."""
+        return self._copies.mended
 
     def image(self, name: str, *, write: bool | None = None) -> Image:
         """Open a head or a snapshot. A head of a set that is open for writing is written to, unless `write` is False.
@@ -198,6 +224,16 @@ class Set:
             return None
         return self._chain(identity.parent) if identity.base == NONE else self._base(identity)
 
+    def leaf(self, leaf: bytes) -> Leaf:
+        """A leaf that does not change, by id, opened."""
+        with self._tree:
+            return self._chain(leaf)
+
+    def seal_of(self, leaf: Leaf) -> Seal | None:
+        """The seal of a leaf, if it has one. The caller closes it."""
+        root = self.manifest.seals.get(leaf.identity.leaf)
+        return None if root is None else Seal(self.store, leaf, root)
+
     def _chain(self, leaf: bytes) -> Leaf:
         """A leaf that is only read, and opened once, with all below it."""
         chain = []
@@ -211,7 +247,10 @@ class Set:
             else:
                 parent = self._base(identity)
             mode = Mode.REPAIR if self.write else Mode.READ
-            self._below[identity.leaf] = Leaf.open(self.store, identity, parent, mode)
+            opened = self._below[identity.leaf] = Leaf.open(self.store, identity, parent, mode)
+            if self.verify and (seal := self.seal_of(opened)) is not None:
+                self._seals.append(seal)
+                opened.verify = seal.verify
         return self._below[leaf]
 
     def _base(self, identity: Identity) -> Leaf:
@@ -225,7 +264,7 @@ class Set:
                 store = self.store.at(path)
             except OSError as error:
                 raise Foreign(path, f"the set that leaf {identity.leaf.hex()} builds on: {error.strerror}") from None
-            base = Set.open(store, within=within)
+            base = Set.open(store, verify=self.verify, within=within)
             if base.manifest.set != of:
                 found = base.manifest.set.hex()
                 base.close()
@@ -242,6 +281,10 @@ class Set:
         value = self.manifest.name(name)
         if value.state == NONE:
             raise Unusable(name, "no guest state was kept with it")
+        return self.state_of(value)
+
+    def state_of(self, value: Name) -> Iterator[bytes]:
+        """The guest's state that a name has, in pieces."""
         return read_state(self.store, value)
 
     # ---- changing the tree
@@ -261,6 +304,18 @@ class Set:
         """Give a head another size, in a new leaf. What is cut off is gone for the head; what is added is zeros."""
         with self._changing(), self._paused(head) as image:
             self._grow(head, image, self.manifest, size)
+
+    def seal(self, snapshot: str, progress: Progress = quiet) -> None:
+        """Seal a snapshot and what it builds on in this set: what it reads as can be verified from then on."""
+        with self._changing():
+            chain = list(self.manifest.chain(self._snapshot(snapshot).leaf))
+            fresh = [identity for identity in chain if identity.leaf not in self.manifest.seals]
+            seals = {one.leaf: write_seal(self.store, self._chain(one.leaf), progress) for one in fresh}
+            for identity in fresh:
+                self.store.chmod(identity.file, 0o444)
+                self.store.chmod(seal_file(identity.leaf), 0o444)
+            self.store.sync_dir()
+            self._save(dataclasses.replace(self.manifest, seals={**self.manifest.seals, **seals}))
 
     def clone(self, snapshot: str, name: str) -> None:
         """Make a head that begins as a snapshot."""
@@ -375,8 +430,9 @@ class Set:
                     image.leaf.stop("an error stopped all writing to its set until it is opened again")
             raise
         for item in manifest.dead - gone:
-            with contextlib.suppress(OSError):
-                self.store.unlink(item.file)
+            for file in (item.file, *([seal_file(item.id)] if item.kind == DEAD_LEAF else [])):
+                with contextlib.suppress(OSError):
+                    self.store.unlink(file)
 
 
 def _check_name(name: str) -> None:

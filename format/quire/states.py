@@ -63,6 +63,10 @@ class States:
                 begin, state = block, now
         yield begin, start + length - begin, state
 
+    def packed(self) -> NDArray[np.uint8]:
+        """All states, four to a byte, the lowest bits first."""
+        return self._array
+
     def set_blocks(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """The blocks of a map page whose state is not 0, counted from its first, and their states."""
         packed = self._array[number * PAYLOAD : (number + 1) * PAYLOAD]

@@ -16,11 +16,11 @@ from quire.layout import DATA_ALIGN, HEADER_MAGIC, PAGE, read_page
 from quire.manifest import Manifest
 from quire.store import File, Store
 
-_OURS = re.compile(r"([0-9a-f]{32})\.(leaf|state)")
+_OURS = re.compile(r"([0-9a-f]{32})\.(leaf|state|seal)")
 
 
 def collect(store: Store, manifest: Manifest) -> list[str]:
-    """Remove what a crash left; returns the names of leaves that nobody names and that hold something."""
+    """Remove what a crash or a deletion left; returns the names of leaves that nobody names and that hold something."""
     dead = {item.file for item in manifest.dead}
     states = {value.state for value in manifest.names.values()}
     left = []
@@ -30,7 +30,7 @@ def collect(store: Store, manifest: Manifest) -> list[str]:
             continue
         id, kind = bytes.fromhex(ours[1]), ours[2]
         if name not in dead:
-            if id in (manifest.leaves if kind == "leaf" else states):
+            if id in {"leaf": manifest.leaves, "state": states, "seal": manifest.seals}[kind]:
                 continue
             if kind == "leaf" and _holds_something(store, name, id):
                 left.append(name)

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 from powercut.crash import finding as findings
+from powercut.crash import setfinding
 from powercut.errors import InputError
 from powercut.trace import Trace
 
@@ -17,13 +18,13 @@ _FINDING, _TRACE = "finding.json", "finding.trace"
 
 def write(finding_path: str, out: str, trace_path: str | None = None) -> None:
     """Bundle the finding in `finding_path` with its trace. Raises InputError; `out` is then not written."""
-    finding = findings.load(finding_path)
+    finding = setfinding.load(finding_path) if setfinding.is_one(finding_path) else findings.load(finding_path)
     trace = Trace(trace_path or finding.trace)
     findings.same_trace(finding, trace)
     partial = f"{out}.partial"
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(_FINDING, findings.encode(finding.of_trace(_TRACE)))
+            archive.writestr(_FINDING, finding.of_trace(_TRACE).encode())
             archive.write(trace.path, _TRACE)
         os.replace(partial, out)
     except OSError as error:

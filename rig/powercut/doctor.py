@@ -51,6 +51,7 @@ PACKAGES = {  # import name -> (distribution, what needs it)
     "tomlkit": ("tomlkit", "line numbers in errors about scenarios"),
     "rich": ("rich", "tables and progress"),
     "scipy": ("scipy", "what a number of loops proves"),
+    "mfusepy": ("mfusepy", "checkers of several files, with libfuse3"),
     "qemu.qmp": ("qemu.qmp", "talking to virtual machines"),
 }
 

@@ -83,7 +83,8 @@ class _Run(NamedTuple):
 
 
 class External:
-    """Judges by running `command`; in it, {} stands for the image, which else comes last. Crashes inside what it
+    """Judges by running `command`; in it, {} stands for the image, which else comes last, and {dir} for the directory
+    with all files. Crashes inside what it
     writes are explored `depth` levels deep. `own` judges what the program left; None: nobody does. `runs` counts: given
     what it was given before, it need not run again. Raises InputError for no command, EnvironmentFault for a missing
     one."""
@@ -97,7 +98,7 @@ class External:
             raise InputError("the checker is an empty command")
         if shutil.which(self._words[0]) is None:
             raise EnvironmentFault(f"checker {self._words[0]!r} was not found")
-        if not any("{}" in word for word in self._words):
+        if not any("{}" in word or "{dir}" in word for word in self._words):
             self._words.append("{}")
         self._depth = depth
         self._own = own
@@ -111,18 +112,24 @@ class External:
         """Run the program on `disk`, and again on every crash inside what it writes."""
         self._check(disk, self._depth, report)
 
-    def run(self, image: str) -> tuple[bool, str]:
-        """Run the program on `image`, a file or an NBD URI: whether it is content, and what it said.
+    def run(self, image: str, directory: str | None = None) -> tuple[bool, str]:
+        """Run the program on `image`, a file or an NBD URI, and `directory`: whether it is content, and what it said.
 
         Raises Unjudged if it has no opinion."""
-        words = [word.replace("{}", image) for word in self._words]
+        words = [word.replace("{}", image).replace("{dir}", directory or "") for word in self._words]
         try:
             done = subprocess.run(
-                words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT,
             )
         except subprocess.TimeoutExpired:
             raise Unjudged(f"the checker did not end within {TIMEOUT:.0f} s") from None
-        said = " ".join((done.stdout + done.stderr).split())[:_SHOWN]
+        said = done.stdout + done.stderr
+        said = " ".join(said.replace(f"{directory}/", "").split() if directory else said.split())[:_SHOWN]
         if done.returncode in self._fine:
             return True, said
         if done.returncode in self._broken:

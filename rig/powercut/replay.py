@@ -12,9 +12,12 @@ from typing import Any
 
 from powercut import bundle
 from powercut.crash import finding as findings
+from powercut.crash import setfinding
 from powercut.disk import ImageDisk
+from powercut.errors import InputError
 from powercut.external import External
 from powercut.formats.qcow2.check import check
+from powercut.promised import Promised
 from powercut.session import Plan, Session
 from powercut.trace import SECTOR, Trace
 from powercut.verdict import Problem, Severity
@@ -36,6 +39,8 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
     if zipfile.is_zipfile(path):
         with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
             return replay(bundle.unpack(path, scratch), out)
+    if setfinding.is_one(path):
+        return _several(path, out, trace_path)
     finding = findings.load(path)
     trace = Trace(trace_path or finding.trace)
     trace.verify()
@@ -56,6 +61,41 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
         "finding": path,
         "confirmed": confirmed,
         "problems": [{"rule": p.rule, "kind": p.kind, "where": p.where, "text": p.text} for p in again],
+        "confirm": confirm,
+    }
+    return Replayed(confirmed, "\n".join(lines), document)
+
+
+def _several(path: str, out: str, trace_path: str | None) -> Replayed:
+    """Write the files of a finding on several of them below `out`, and judge copies of them again."""
+    finding = setfinding.load(path)
+    trace = Trace(trace_path or finding.trace)
+    trace.verify()
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise InputError(f"{out}: is there already: replay writes a directory")
+    written = setfinding.write_state(finding, trace, out)
+    with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+        copy = f"{scratch}/files"
+        shutil.copytree(out, copy)
+        if finding.checker:
+            content, said = External(finding.checker, 0).run(os.path.join(copy, finding.image), copy)
+            again = [] if content else [("checker", said)]
+            confirm = [finding.checker.replace("{}", f"{out}/{finding.image}").replace("{dir}", out)]
+        else:
+            wrong = Promised(trace, finding.options).look_at(copy)
+            again = [(one.rule, f"{image.path}: {one.text}") for image, one in wrong]
+            confirm = sorted({f"qemu-img check -f {image.format} {out}/{image.path}" for image, _ in wrong})
+    confirmed = any(rule == finding.rule for rule, _ in again)
+    lines = [f"{out}: {', '.join(written)} after a crash before position {finding.position:,} of {trace.path}"]
+    lines.append(f"  {finding.severity} ({finding.rule}): {finding.text}")
+    lines.append(f"  {'confirmed on the written state' if confirmed else 'NOT seen again on the written state'}")
+    lines += [f"  see it with: {line}" for line in confirm]
+    document = {
+        "schema": "powercut.replay/1",
+        "image": out,
+        "finding": path,
+        "confirmed": confirmed,
+        "problems": [{"rule": rule, "text": text} for rule, text in again],
         "confirm": confirm,
     }
     return Replayed(confirmed, "\n".join(lines), document)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ from powercut.crash.explore import ENOUGH, MORE, SPENT, Unjudged
 from powercut.crash.fileset import CrashSet, FileSet, Node, Options, State, Told, tell
 from powercut.crash.model import CHANGES, epochs
 from powercut.crash.search import BudgetSpent, Search
+from powercut.crash.settled import Patch, differences
 from powercut.crash.store import SetFile, SetStore
 from powercut.errors import Nondeterministic
 from powercut.trace import Kind, Trace, TraceWriter
@@ -37,20 +39,34 @@ _CONTENT = [*CHANGES, Kind.TRUNCATE]
 @dataclass(frozen=True, slots=True)
 class Case:
     """One crash state, for a judge: `store` is the first directory of the recording after a crash before `position`
-    of its trace, or, at `level` 1 or more, after a further crash inside a recovery.
+    of its trace, or, at `level` 1 or more, after a further crash inside a recovery. `files` is the recording at the
+    crash, `state` the state that the store shows.
 
     `report` takes a broken rule. `explore` runs an independent part of the check for every way its reads can turn out:
     what one part reads is not decided for the next, so nothing that a part has read may be kept for another."""
 
-    store: Store
+    store: RecordingStore
+    files: FileSet
+    state: State
     position: int
     level: int
     report: Callable[[Problem], None]
-    explore: Callable[[Callable[[], None]], None]
+    search: Search
+    directories: Mapping[str, Node]
+
+    def again(self) -> SetStore:
+        """Another store of the same state, for what is not to be recorded."""
+        return SetStore(self.state, self.directories)
+
+    def explore(self, part: Callable[[], None]) -> None:
+        """See `Search.explore`."""
+        self.search.explore(part)
 
 
 class Judge(Protocol):
-    """The check of one state. It must depend on nothing but what it reads of the store. Raises Unjudged."""
+    """The check of one state. It must depend on nothing but what it reads of the store. Raises Unjudged.
+
+    One that is a context manager is entered in each process that it judges in."""
 
     def __call__(self, case: Case) -> None: ...
 
@@ -63,6 +79,7 @@ class StoreFinding:
     level: int
     problem: Problem
     decisions: tuple[Told, ...]
+    patches: tuple[Patch, ...] = ()  # what recoveries made of the state of level 0
 
     def __str__(self) -> str:
         lines = [f"{self.problem.rule}: {self.problem.text}", f"  crash before position {self.position}"]
@@ -83,6 +100,7 @@ class StoreOutcome:
     undecided: int = 0  # atoms, sizes and changes of names
     log2_states: float = 0.0
     checks: int = 0
+    runs: int = 0  # of programs that judged
     findings: list[StoreFinding] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -99,6 +117,7 @@ class StoreOutcome:
         self.undecided += other.undecided
         self.log2_states += other.log2_states
         self.checks += other.checks
+        self.runs += other.runs
         self.findings += other.findings
         self.reasons += [reason for reason in other.reasons if reason not in self.reasons]
 
@@ -142,6 +161,7 @@ class _Epoch:
         self.position = position
         counts = self.files.alternatives()
         result = StoreOutcome(1, 0, len(counts), float(sum(np.log2(counts))) if counts else 0.0)
+        ran = getattr(self.judge, "runs", 0)
         try:
             self.search.explore(self._whole)
             result.exhausted = int(not self.found)
@@ -152,6 +172,7 @@ class _Epoch:
         except (Nondeterministic, Unjudged) as error:
             result.reasons.append(str(error))
         result.checks = self.search.checks
+        result.runs = getattr(self.judge, "runs", 0) - ran
         result.findings = list(self.found.values())
         return result
 
@@ -161,17 +182,25 @@ class _Epoch:
         if self._more == 0 or len(self.found) >= ENOUGH:
             raise _Enough
 
+    def _patches(self, state: State) -> tuple[Patch, ...]:
+        """What `state` has that the state of level 0 has not, if of all that is undecided nothing had survived."""
+        with self.search.assuming(lambda disk, choice: 0):
+            below = CrashSet(self.files, self.search)
+            return tuple(differences(below, state, next(iter(self.directories.values()))))
+
     def _check(self, state: State, level: int) -> None:
         def report(problem: Problem) -> None:
             if problem.key not in self.found:
                 told = tuple(tell(decision, self.traces) for decision in self.search.path)
-                self.found[problem.key] = StoreFinding(self.position, level, problem, told)
+                patches = self._patches(state) if level else ()
+                self.found[problem.key] = StoreFinding(self.position, level, problem, told, patches)
 
         known = _Known(self.files.options.atom)
         path = f"{self.scratch}/recovery-{level + 1}.trace"
         with TraceWriter(path, {}) as writer:
             store = RecordingStore(SetStore(state, self.directories), writer, known)
-            self.judge(Case(store, self.position, level, report, self.search.explore))
+            case = Case(store, self.files, state, self.position, level, report, self.search, self.directories)
+            self.judge(case)
         if level >= self.depth:
             return
         trace = Trace(path)
@@ -217,7 +246,8 @@ def explore_store(
         recording.verify()
         files = FileSet(recording, options)
         outcome = StoreOutcome()
-        with tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
+        entered = judge if isinstance(judge, AbstractContextManager) else nullcontext()
+        with entered, tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
             for position in part:
                 files.advance(position)
                 outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))

@@ -33,6 +33,7 @@ class Node:
     shrank: bool = False
     id: int | None = None  # in the trace
     touched: bool = False
+    beside: bool = False  # not touched, and in the trace all the same
 
     def touch(self) -> None:
         """It goes into the trace, and so do the directories that led to it."""
@@ -40,6 +41,13 @@ class Node:
             self.touched = True
             for parent, _ in self.before:
                 parent.touch()
+
+    def keep(self) -> None:
+        """It goes into the trace though nobody changed it, and so do the directories that lead to it."""
+        if not self.beside:
+            self.beside = True
+            for parent, _ in self.before:
+                parent.keep()
 
     def resized(self, size: int) -> None:
         self.shrank |= size < self.size
@@ -104,6 +112,22 @@ class Tree:
                 copy_sparse(node.path, node.copy)
             except OSError as error:
                 raise InputError(f"{node.path}: cannot be copied: {error.strerror}") from None
+
+    def keep_untouched(self, most: int) -> tuple[str, ...]:
+        """Let what nobody changed into the trace too, the smallest first, up to `most` bytes. Returns the names of the
+        files that are left out."""
+        left_out = []
+        for directory in self.initial:
+            if directory.entries is not None:
+                directory.keep()
+        untouched = [node for node in self.initial if node.copy is not None and not node.touched]
+        for node in sorted(untouched, key=lambda node: (os.stat(node.copy or "").st_blocks, node.path)):
+            most -= os.stat(node.copy or "").st_blocks * 512
+            if most < 0:
+                left_out.append(self.name(node.path))
+            else:
+                node.keep()
+        return tuple(left_out)
 
     def parent(self, path: str) -> Node | None:
         """The directory that the entry at `path` is in, or None if it lies outside."""

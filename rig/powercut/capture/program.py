@@ -30,6 +30,7 @@ from powercut.trace import Trace, TraceWriter
 SOURCES = ("recorder.c", "recorder_log.h")
 FLAGS = ("-O2", "-w", "-shared", "-fPIC", "-fvisibility=hidden")
 LIMIT = 8 << 30  # bytes of files of which a copy is kept
+BESIDE = 256 << 20  # bytes of files that do not change which go into the trace, for checkers to find
 _PATIENCE = 10.0  # seconds that what the program left running may take to end
 _PT_INTERP = 3
 
@@ -132,7 +133,14 @@ def capture(
             raise InputError(translation.problems[0])
         subject = find_image(tree, image, lambda node: node.touched) if image is not None else None
         result = Captured(status, 0, 0, seconds, dict(translation.refused))
+        left_out = tree.keep_untouched(BESIDE)
         result.warnings += _doubts(translation)
+        if left_out:
+            few = ", ".join(left_out[:3]) + (" ..." if len(left_out) > 3 else "")
+            result.warnings.append(
+                f"{len(left_out)} files that did not change are left out of the trace ({few}): more than "
+                f"{BESIDE >> 20} MiB; a checker will miss them"
+            )
         meta = {
             "powercut": __version__,
             "recorder": "preload",
@@ -142,17 +150,16 @@ def capture(
             "refused": result.refused,
             "past": {tree.name(node.path): sorted(ways) for node, ways in translation.past.items()},
             "format": format,
+            "left_out": left_out,
             "truncated": stopped,
         }
         if subject is not None:
             meta |= _about_image(translation, subject)
-        meta = {key: value for key, value in meta.items() if value not in (None, {}, [])}
+        meta = {key: value for key, value in meta.items() if value not in (None, {}, [], ())}
         try:
             with TraceWriter(partial, meta) as writer:
-                if sum(node.touched for node in {*tree.initial, *translation.known}) > MAX_FILES:
-                    raise InputError(
-                        f"the program changed more than {MAX_FILES} files: name a narrower directory with --dir"
-                    )
+                if sum(node.touched or node.beside for node in {*tree.initial, *translation.known}) > MAX_FILES:
+                    raise InputError(f"there are more than {MAX_FILES} files: name a narrower directory with --dir")
                 result.events = translation.write(writer, subject)
         except EnvironmentFault as error:  # a full disk; what was whole before stays
             stopped = str(error).replace(str(partial), str(out))

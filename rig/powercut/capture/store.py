@@ -10,7 +10,7 @@ import json
 import posixpath
 import threading
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from powercut.trace import SECTOR, Kind, TraceWriter
 from quire.store import Buffer, File, Store
@@ -128,6 +128,20 @@ class RecordingStore:
             id = self._known(old)
             self._change(Kind.RENAME, lambda: self._inner.rename(old, new), name=old, to=new, file=id)
             self._shared.ids[self._id, new] = self._shared.ids.pop((self._id, old))
+
+    def replace(self, old: str, new: str) -> None:
+        """Rename within the directory, over what is there. `inner` must be able to."""
+        inner: Any = self._inner
+        with self._shared.lock:
+            id = self._known(old)
+            self._change(Kind.RENAME, lambda: inner.replace(old, new), name=old, to=new, file=id)
+            self._shared.ids[self._id, new] = self._shared.ids.pop((self._id, old))
+
+    def kind(self, name: str) -> str | None:
+        """See `powercut.crash.store.SetStore`, which `inner` must be."""
+        inner: Any = self._inner
+        found: str | None = inner.kind(name)
+        return found
 
     def unlink(self, name: str) -> None:
         with self._shared.lock:

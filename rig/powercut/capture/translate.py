@@ -265,7 +265,7 @@ class Translation:
                 node.id = writer.file(self.tree.name(node.path), size, role)
             return node.id
 
-        first = [node for node in self.tree.initial if node.touched]
+        first = [node for node in self.tree.initial if node.touched or node.beside]
         for node in sorted(first, key=lambda node: node.path):
             declare(node)
             if node.copy is not None and node.size_before:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from powercut.commands import JOBS, JSON, SAVE
+
+if TYPE_CHECKING:
+    from powercut.sets import SetPlan
 
 
 @click.command()
@@ -21,7 +25,10 @@ from powercut.commands import JOBS, JSON, SAVE
     show_default=True,
     help="Bytes the disk writes in one piece.",
 )
-@click.option("--checker", metavar="CMD", help="Let this command judge, on an NBD URI ({}, or its last word).")
+@click.option(
+    "--checker", metavar="CMD", help="Let this command judge: {} is the image, {dir} a directory of all files."
+)
+@click.option("--image", metavar="NAME", help="Of several files, the one that {} stands for.")
 @click.option(
     "--recovery-depth",
     type=click.IntRange(0),
@@ -62,6 +69,7 @@ def explore(
     format_name: str | None,
     atom: str,
     checker: str | None,
+    image: str | None,
     recovery_depth: int,
     lying_flushes: int,
     budget: int | None,
@@ -77,13 +85,19 @@ def explore(
 ) -> None:
     """Visit every crash state of TRACE and say HOLDS, BROKEN or UNKNOWN."""
     from powercut import run
+    from powercut.crash.fileset import Options
     from powercut.crash.media import KINDS
     from powercut.report import document, outcome
     from powercut.report.text import progress
     from powercut.session import RULES, Plan
+    from powercut.sets import SetPlan
     from powercut.trace import Trace
 
-    format_name = format_name or str(Trace(trace).meta.get("format", ""))
+    recording = Trace(trace)
+    if recording.file("image") is None:
+        options = Options(int(atom), lying_flushes)
+        _several(SetPlan(trace, options, checker, image, recovery_depth), budget, jobs, save, json_path)
+    format_name = format_name or str(recording.meta.get("format", ""))
     if not format_name:
         raise click.UsageError(f"{trace} does not say which format it is of: give --format")
     plan = Plan(
@@ -112,4 +126,19 @@ def explore(
     if json_path != "-":
         click.echo(outcome.text(result, saved, time.monotonic() - begin))
     document.write(outcome.document(result, saved), json_path)
+    sys.exit(result.verdict.exit_code)
+
+
+def _several(plan: SetPlan, budget: int | None, jobs: int | None, save: Path | None, json_path: str | None) -> NoReturn:
+    """Explore all files of a recording."""
+    from powercut import sets
+    from powercut.report import document, outcome
+    from powercut.report import sets as report
+
+    begin = time.monotonic()
+    result = sets.explore_set(plan, budget=budget, jobs=jobs)
+    saved = outcome.save(result.findings, save or Path(f"{plan.trace}.findings"))
+    if json_path != "-":
+        click.echo(report.text(result, saved, time.monotonic() - begin))
+    document.write(report.document(result, saved), json_path)
     sys.exit(result.verdict.exit_code)

@@ -108,6 +108,8 @@ class State(Protocol):
     def names(self, directory: Node) -> set[str]:
         """Every name that `directory` has in some state. Decides nothing."""
 
+    def is_directory(self, node: Node) -> bool: ...
+
 
 class CrashSet:
     """`files` as one of its crash states.
@@ -168,6 +170,11 @@ class CrashSet:
     def entries(self, directory: Node) -> list[str]:
         return [name for name in sorted(self.names(directory)) if self.lookup(directory, name) is not None]
 
+    def is_directory(self, node: Node) -> bool:
+        if node.level == self.level:
+            return self.files.trace.files[node.id].role == "directory"
+        return self._below is not None and self._below.is_directory(node)
+
     # Sizes and contents
 
     def size(self, node: Node) -> int:
@@ -222,6 +229,14 @@ class Told:
     offset: int
     event: int
     durable: bool
+    disk: int  # with `atom`: which question it answers
+    atom: int
+    chosen: int
+
+
+def of_contents(disk: int) -> bool:
+    """Whether the disk called by this number is a file's content, not a size or a name."""
+    return (disk >> _BITS) % 3 == _FILES
 
 
 def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
@@ -230,9 +245,11 @@ def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
     level, what = divmod(kind, 3)
     trace = traces[level]
     durable = decision.chosen == 0
+    answer = (decision.disk, decision.choice.atom, decision.chosen)
     if what == _NAMES:
         event = decision.event if decision.event >= 0 else decision.choice.events[-1]
-        return Told(level, "name", trace.files[int(trace.events["file"][event])].name, 0, event, durable)
+        return Told(level, "name", trace.files[int(trace.events["file"][event])].name, 0, event, durable, *answer)
     size = decision.choice.contents.shape[1] if what == _FILES else 0
     name = trace.files[id].name
-    return Told(level, ("content", "size")[what], name, decision.choice.atom * size, decision.event, durable)
+    offset = decision.choice.atom * size
+    return Told(level, ("content", "size")[what], name, offset, decision.event, durable, *answer)

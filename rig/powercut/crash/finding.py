@@ -77,13 +77,17 @@ class Finding(msgspec.Struct, frozen=True):
         """The same broken rule, by these decisions."""
         return msgspec.structs.replace(self, decisions=decisions, others=others, order=order)
 
+    def encode(self) -> bytes:
+        """The finding as JSON, as it stands."""
+        return msgspec.json.format(msgspec.json.encode(self))
+
     def of_trace(self, path: str) -> Finding:
         """The same finding, for a copy of its trace at `path`."""
         return msgspec.structs.replace(self, trace=path)
 
     def save(self, path: Path) -> None:
         """Write the finding; the trace's path becomes relative to it."""
-        path.write_bytes(encode(self.of_trace(os.path.relpath(self.trace, path.parent))))
+        path.write_bytes(self.of_trace(os.path.relpath(self.trace, path.parent)).encode())
 
 
 class Planned(Protocol):
@@ -127,11 +131,6 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
     )
 
 
-def encode(finding: Finding) -> bytes:
-    """The finding as JSON, as it stands."""
-    return msgspec.json.format(msgspec.json.encode(finding))
-
-
 def describe(trace: Trace, event: int) -> str:
     """The event with this index, in words; -1 stands for the initial content."""
     if event < 0:
@@ -157,7 +156,14 @@ def load(path: str) -> Finding:
     return msgspec.structs.replace(finding, trace=beside)
 
 
-def same_trace(finding: Finding, trace: Trace) -> None:
+class OfTrace(Protocol):
+    """Whatever is about one trace."""
+
+    @property
+    def trace_hash(self) -> str: ...
+
+
+def same_trace(finding: OfTrace, trace: Trace) -> None:
     """Raise InputError if `trace` is not the one that the finding is about."""
     if trace.hash != finding.trace_hash:
         raise InputError(

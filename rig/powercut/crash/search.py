@@ -19,7 +19,8 @@ raises Nondeterministic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from powercut.crash.contents import Choice
@@ -61,6 +62,17 @@ class Search:
         self._script: list[Decision] = []
         self._policy: Policy | None = None
         self._sampling = False
+        self._assumed: Callable[[int, Choice], int | None] | None = None
+
+    @contextmanager
+    def assuming(self, answers: Callable[[int, Choice], int | None]) -> Iterator[None]:
+        """For a while, questions that `answers` answers are answered so, and decided no further: what is concluded
+        from that must hold for that answer only. Those that it does not (None) are decided as always."""
+        before, self._assumed = self._assumed, answers
+        try:
+            yield
+        finally:
+            self._assumed = before
 
     def decided(self, disk: int, atom: int) -> Decision | None:
         """What was decided for `atom` of the disk numbered `disk`."""
@@ -68,6 +80,8 @@ class Search:
 
     def decide(self, disk: int, choice: Choice) -> Decision:
         """Answer a question that was not put before in this run."""
+        if self._assumed is not None and (answer := self._assumed(disk, choice)) is not None:
+            return Decision(disk, choice, answer)
         chosen = 0
         self.asked.add((disk, choice.atom))
         if self._policy is not None:
@@ -125,6 +139,16 @@ class Search:
         finally:
             self._forget(0)
             self._policy, self._sampling = None, False
+
+    def answering(self, policy: Policy, part: Callable[[], None]) -> None:
+        """Run `part` once more, with the answers of `policy` to what is not decided, which are forgotten afterwards."""
+        base, before, assumed = len(self.path), self._policy, self._assumed
+        self._policy, self._assumed = policy, None
+        try:
+            part()
+        finally:
+            self._forget(base)
+            self._policy, self._assumed = before, assumed
 
     def _count(self) -> None:
         if self.budget is not None and self.checks >= self.budget:

@@ -40,6 +40,9 @@ class Nothing:
     def names(self, directory: Node) -> set[str]:
         return set()
 
+    def is_directory(self, node: Node) -> bool:
+        return False
+
 
 class _Live:
     """A file as the program left it: what the state has, and pages over it."""
@@ -154,18 +157,30 @@ class SetFile:
 
 class SetStore:
     """One directory of `state`. See `quire.store.Store`. `directories` are all there are, by their path within the
-    recording."""
+    recording; `node` is the one at `path`, if that is another than its path says."""
 
-    def __init__(self, state: State, directories: Mapping[str, Node], path: str = ".") -> None:
+    def __init__(
+        self, state: State, directories: Mapping[str, Node], path: str = ".", node: Node | None = None
+    ) -> None:
         self.path = path
-        self.node = directories[path]
+        self.node = directories[path] if node is None else node
         self._state = state
         self._directories = directories
         self._changed: dict[tuple[Node, str], _Live | None] = {}
         self._files: dict[Node, _Live] = {}
 
     def names(self) -> list[str]:
-        return [name for name in sorted(self._possible()) if self._find(name) is not None]
+        return [name for name in sorted(self._possible()) if self.kind(name) is not None]
+
+    def kind(self, name: str) -> str | None:
+        """ "file" or "directory"; None: there is nothing of this name."""
+        if self._directory(name) is not None:
+            return "directory"
+        return None if self._find(name) is None else "file"
+
+    def _directory(self, name: str) -> Node | None:
+        node = None if (self.node, name) in self._changed else self._state.lookup(self.node, name)
+        return node if node is not None and self._state.is_directory(node) else None
 
     def _possible(self) -> set[str]:
         return self._state.names(self.node) | {name for node, name in self._changed if node == self.node}
@@ -185,6 +200,12 @@ class SetStore:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
         self._changed[self.node, old], self._changed[self.node, new] = None, live
 
+    def replace(self, old: str, new: str) -> None:
+        """Rename within the directory, in one step; the file that has the name `new`, if any, loses it."""
+        live = self._there(old)
+        self._find(new)
+        self._changed[self.node, old], self._changed[self.node, new] = None, live
+
     def unlink(self, name: str) -> None:
         self._there(name)
         self._changed[self.node, name] = None
@@ -197,9 +218,10 @@ class SetStore:
 
     def at(self, relative: str) -> SetStore:
         path = posixpath.normpath(posixpath.join(self.path, relative))
-        if path not in self._directories:
+        node = self._directory(relative) if "/" not in relative and relative not in (".", "..") else None
+        if node is None and path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        other = SetStore(self._state, self._directories, path)
+        other = SetStore(self._state, self._directories, path, node)
         other._changed, other._files = self._changed, self._files
         return other
 
@@ -214,6 +236,8 @@ class SetStore:
         node = self._state.lookup(self.node, name)
         if node is None:
             return None
+        if self._state.is_directory(node):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         if node not in self._files:
             self._files[node] = _Live(self._state, node)
         return self._files[node]

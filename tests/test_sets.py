@@ -1,0 +1,191 @@
+"""Several files explored with programs as checkers: what QEMU's tools and small programs do to images, captured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tests.test_mount import usable
+
+from powercut.cli import main
+from powercut.crash.fileset import Options
+from powercut.promised import Promised
+from powercut.sets import SetPlan, explore_set
+from powercut.trace import Trace
+from powercut.verdict import Verdict
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
+    pytest.mark.skipif(shutil.which("qemu-img") is None, reason="QEMU's tools are not installed"),
+    pytest.mark.skipif(not usable(), reason="FUSE cannot be used here"),
+]
+
+
+class Work:
+    """A directory in which programs run, before the recording and in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "data"
+        self.folder.mkdir()
+        self.trace = str(folder / "t.trace")
+
+    def run(self, *command: str) -> None:
+        subprocess.run(command, cwd=self.folder, check=True, capture_output=True)
+
+    def image(self, name: str, *writes: str, size: str = "4M", backing: str | None = None) -> None:
+        more = ["-b", backing, "-F", "qcow2"] if backing else []
+        self.run("qemu-img", "create", "-q", "-f", "qcow2", *more, name, *([] if backing else [size]))
+        for write in writes:
+            self.run("qemu-io", "-c", f"write -P {write}", name)
+
+    def capture(self, *command: str) -> None:
+        arguments = ["capture", "--out", self.trace, "--dir", str(self.folder), "--", *command]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+
+    def program(self, text: str) -> None:
+        self.capture(sys.executable, "-c", f"import os, shutil; os.chdir({str(self.folder)!r})\n{text}")
+
+    def explore(self, *options: str) -> tuple[int, dict[str, object], str]:
+        where = self.folder.parent
+        arguments = ["explore", self.trace, "--jobs", "1", "--save", str(where / "f"), "--json", str(where / "j")]
+        result = CliRunner().invoke(main, [*arguments, *options])
+        assert (where / "j").exists(), result.output
+        return result.exit_code, json.loads((where / "j").read_text()), result.output
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["vhdx", "vmdk", "vdi", "qed", "parallels", "vpc", "qcow2"])
+def test_a_conversion_that_syncs_holds_once_it_has_ended(work, format):
+    work.run("qemu-io", "-f", "raw", "-c", "write -P 7 64k 128k", str(raw(work)))
+    out = str(work.folder / "out")
+    work.capture("qemu-img", "convert", "-t", "writeback", "-O", format, str(work.folder / "in.raw"), out)
+    code, said, output = work.explore()
+    assert (code, said["verdict"]) == (0, "HOLDS"), output
+    assert said["judged"] == [f"out ({format}), once its maker had ended"]
+    assert said["coverage"]["epochs"] == said["coverage"]["epochs_exhausted"] == 1
+
+
+def raw(work: Work) -> Path:
+    path = work.folder / "in.raw"
+    with open(path, "wb") as file:
+        file.truncate(1 << 20)
+    return path
+
+
+def test_a_conversion_that_does_not_sync_promises_nothing(work):
+    """qemu-img convert ignores flushes unless told otherwise (-t): no verdict that it does not deserve."""
+    work.run("qemu-io", "-f", "raw", "-c", "write -P 7 64k 128k", str(raw(work)))
+    work.capture("qemu-img", "convert", "-O", "vhdx", str(work.folder / "in.raw"), str(work.folder / "out.vhdx"))
+    code, said, output = work.explore()
+    assert (code, said["verdict"]) == (3, "UNKNOWN"), output
+    assert "out.vhdx: its maker ended without having synced it: nothing is promised of it" in said["reasons"]
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_an_image_replaced_by_another(work, planted, synced):
+    """The control: renamed over the old one before it is on disk."""
+    work.image("a.qcow2", "1 0 256k")
+    work.image("new", "2 0 512k")
+    sync = "os.fsync(os.open('copy', os.O_RDWR))" if synced else ""
+    work.program(f"shutil.copyfile('new', 'copy'); {sync}\nos.rename('copy', 'a.qcow2')")
+    code, said, output = work.explore()
+    if synced:
+        assert (code, said["verdict"]) == (0, "HOLDS"), output
+        return
+    planted("an image renamed into place before it was synced", code == 1)
+    assert code == 1, output
+    path = said["findings"][0]["file"]
+    replayed = CliRunner().invoke(main, ["replay", path, "--out", str(work.folder.parent / "crashed")])
+    assert replayed.exit_code == 0, replayed.output
+    assert "confirmed on the written state" in replayed.output
+
+
+def test_resizing_holds(work):
+    work.image("a.qcow2", "1 0 1M")
+    work.capture("qemu-img", "resize", str(work.folder / "a.qcow2"), "6M")
+    code, said, output = work.explore()
+    assert (code, said["verdict"]) == (0, "HOLDS"), output
+
+
+def test_a_snapshot_leaves_copied_flags_that_contradict_refcounts_for_a_while(work):
+    """What `qemu-img check` calls an error, and so does our own check of the same recording."""
+    work.image("a.qcow2", "1 0 1M")
+    work.capture("qemu-img", "snapshot", "-c", "s", str(work.folder / "a.qcow2"))
+    code, said, output = work.explore()
+    assert code == 1, output
+    assert {finding["rule"] for finding in said["findings"]} == {"structure"}
+
+
+def test_committing_a_chain_holds_and_a_lying_disk_breaks_it(work, planted):
+    """The base's data must be on disk before the overlay lets go of it."""
+    work.image("base.qcow2", "1 0 1M")
+    work.image("a.qcow2", "2 512k 256k", backing="base.qcow2")
+    work.capture("qemu-img", "commit", "-t", "writeback", str(work.folder / "a.qcow2"))
+    code, said, output = work.explore("--recovery-depth", "0")
+    assert (code, said["verdict"]) == (0, "HOLDS"), output
+    assert said["coverage"]["log2_states"] > 1000
+    code, said, output = work.explore("--recovery-depth", "0", "--lying-flushes", "1")
+    planted("a commit on a disk whose last flush lied", code == 1)
+    assert code == 1, output
+    assert "content" in {finding["rule"] for finding in said["findings"]}
+
+
+CHECK = """
+import os, sys
+names = os.listdir(sys.argv[1])
+sys.exit("b" in names and ("a" not in names or open(sys.argv[1] + "/a").read() != "content"))
+"""
+
+
+@pytest.mark.parametrize("how", ["fsync and directory", "fsync", "directory", "nothing"])
+def test_any_command_judges_a_directory(work, planted, how):
+    """b may be there only if a is, whole: that takes both syncs."""
+    script = work.folder.parent / "check.py"
+    script.write_text(CHECK)
+    first = "os.fsync(f.fileno())" if "fsync" in how else ""
+    second = "os.fsync(os.open('.', os.O_RDONLY))" if "directory" in how else ""
+    work.program(f"f = open('a', 'w'); f.write('content'); f.flush(); {first}\n{second}\nopen('b', 'w')")
+    _, said, output = work.explore("--checker", f"{sys.executable} {script} {{dir}}")
+    expected = "HOLDS" if how == "fsync and directory" else "BROKEN"
+    planted(f"b without a: synced {how}", said["verdict"] == expected)
+    assert said["verdict"] == expected, output
+
+
+def test_a_checker_that_repairs_is_explored_inside_its_repair(work, planted):
+    """The control writes its repair in place, and so may be cut off in the middle of it."""
+    script = work.folder.parent / "repair.py"
+    for safely, expected in ((True, Verdict.HOLDS), (False, Verdict.BROKEN)):
+        write = "f = open('t', 'w'); f.write('x' * 1024); f.flush(); os.fsync(f.fileno()); os.rename('t', 'a')"
+        if not safely:
+            write = "f = open('a', 'r+'); f.write('x' * 1024); f.close()"
+        script.write_text(
+            f"import os, sys\nos.chdir(sys.argv[1])\nnow = open('a').read()\n"
+            f"if now not in ('o' * 1024, 'x' * 1024): sys.exit(1)\nif now[0] == 'o': {write}\n"
+        )
+        if not Path(work.trace).exists():
+            (work.folder / "a").write_text("o" * 1024)
+            work.program("open('other', 'w')")
+        plan = SetPlan(work.trace, checker=f"{sys.executable} {script} {{dir}}")
+        verdict = explore_set(plan, jobs=1).verdict
+        if not safely:
+            planted("a repair in place", verdict is expected)
+        assert verdict is expected
+
+
+def test_formats_are_told_by_their_contents(work):
+    for format in ("qcow2", "vhdx", "vmdk", "vdi", "qed", "parallels", "vpc"):
+        work.run("qemu-img", "create", "-q", "-f", format, f"{format}.image", "1M")
+    (work.folder / "text").write_text("no image")
+    work.program("open('x', 'w')")
+    formats = Promised(Trace(work.trace), Options()).formats
+    assert formats == {f"{name}.image": name for name in ("qcow2", "vhdx", "vmdk", "vdi", "qed", "parallels", "vpc")}
