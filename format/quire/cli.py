@@ -77,8 +77,6 @@ def _opened(address: str, *, write: bool = False) -> Iterator[tuple[Set, str | N
     store = RealStore(directory)
     try:
         with Set.open(store, write=write) as opened:
-            for stranger in opened.strangers:
-                click.echo(f"quire: {directory}/{stranger}: a leaf that no manifest names, left as it is", err=True)
             yield opened, name
     finally:
         store.close()

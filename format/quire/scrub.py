@@ -52,9 +52,6 @@ def scrub(quire: Set, progress: Progress = quiet) -> list[Found]:
                     pass
             except OSError as error:
                 found.append(Found(value.state.hex() + ".state", None, str(error), False))
-    found += [
-        Found(name, None, "a leaf that no manifest names, and that holds something", False) for name in quire.strangers
-    ]
     return found
 
 

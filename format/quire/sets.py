@@ -24,7 +24,7 @@ from typing import Self
 
 from quire import copies, strangers, writer
 from quire.copies import Copies
-from quire.errors import Busy, Foreign, ReadOnly, Unusable
+from quire.errors import Busy, Damaged, Foreign, ReadOnly, Unusable
 from quire.guest_state import Kept, read_state, write_state
 from quire.identity import Identity
 from quire.image import Image
@@ -50,10 +50,8 @@ def now() -> int:
 
 
 class Set:
-    """See the module. `write`: whether it was opened for writing. `features`: those of leaves that it makes.
-    `strangers`: leaves that nothing names and that hold something. `verify`: what is read of sealed leaves is compared
-    with their seals. The set closes its images; the caller closes
-    `store`."""
+    """See the module. `write`: whether it was opened for writing. `features`: those of leaves that it makes. `verify`:
+    what is read of sealed leaves is compared with their seals. The set closes its images; the caller closes `store`."""
 
     def __init__(
         self,
@@ -68,7 +66,6 @@ class Set:
         self.verify = verify
         self.features = features
         self.write = lock is not None
-        self.strangers: list[str] = []
         self._lock = lock
         self._tree = threading.RLock()
         self._images: dict[str, Image] = {}
@@ -77,7 +74,7 @@ class Set:
         self._below: dict[bytes, Leaf] = {}  # leaves that are only read, by id
         self._bases: dict[bytes, Set] = {}
         self._within = within  # the sets whose parents are being looked for
-        self._copies = Copies(store, write=self.write)
+        self._copies = self._load()
 
     # ---- creating and opening
 
@@ -143,12 +140,27 @@ class Set:
             raise Foreign(store.path, "not a quire: it has no manifest")
         lock = writer.take(store)
         try:
-            made = cls(store, lock, features=features, verify=verify)
+            return cls(store, lock, features=features, verify=verify)
         except BaseException:
             lock.close()
             raise
-        made.strangers = strangers.collect(store, made.manifest)
-        return made
+
+    def _load(self) -> Copies:
+        """The manifest, which nothing in the directory contradicts. With `write`, what nothing needs is removed."""
+        before = -1
+        while True:
+            found = Copies(self.store, write=self.write)
+            try:
+                unneeded = strangers.check(self.store, found.manifest)
+            except BaseException as error:
+                found.close()
+                if isinstance(error, Damaged) and not self.write and found.manifest.generation != before:
+                    before = found.manifest.generation  # a writer may have gone on since it was read: look again
+                    continue
+                raise
+            if self.write:
+                strangers.remove(self.store, unneeded)
+            return found
 
     def close(self) -> None:
         """Close all images, and let go of the lock. The first error of an image is raised when all is closed."""

@@ -1,7 +1,8 @@
-"""What lies in a set and is named by nothing: found at each writable open, and removed if it cannot matter.
+"""What lies in a set and is named by nothing: removed at each writable open, if it cannot matter.
 
-The manifest that was read may be an old one that somebody put back. So a leaf that it does not name is only removed if
-no record but its first was ever written to it: then nothing in it was ever flushed.
+A leaf that the manifest does not name is what a crash left of a leaf that was being made, and nothing but its first
+record was ever written to it. If there is more in it, the manifest is an older one than the leaf: then the set is
+refused, rather than that it shows how things were.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 
-from quire.errors import Foreign
+from quire.errors import Damaged, Foreign
 from quire.identity import parse
 from quire.journal import Journal
 from quire.layout import DATA_ALIGN, HEADER_MAGIC, PAGE, read_page
@@ -19,11 +20,11 @@ from quire.store import File, Store
 _OURS = re.compile(r"([0-9a-f]{32})\.(leaf|state|seal)")
 
 
-def collect(store: Store, manifest: Manifest) -> list[str]:
-    """Remove what a crash or a deletion left; returns the names of leaves that nobody names and that hold something."""
+def check(store: Store, manifest: Manifest) -> list[str]:
+    """The names of files that nothing needs. Raises Damaged if the manifest is not the last one."""
     dead = {item.file for item in manifest.dead}
     states = {value.state for value in manifest.names.values()}
-    left = []
+    found = []
     for name in store.names():
         ours = _OURS.fullmatch(name)
         if ours is None:
@@ -33,11 +34,16 @@ def collect(store: Store, manifest: Manifest) -> list[str]:
             if id in {"leaf": manifest.leaves, "state": states, "seal": manifest.seals}[kind]:
                 continue
             if kind == "leaf" and _holds_something(store, name, id):
-                left.append(name)
-                continue
-        with contextlib.suppress(OSError):  # it stays a stranger, found again next time
+                raise Damaged(store.path, f"the manifest is older than {name}, of which it knows nothing")
+        found.append(name)
+    return found
+
+
+def remove(store: Store, names: list[str]) -> None:
+    """Remove files; what cannot be removed is found again next time."""
+    for name in names:
+        with contextlib.suppress(OSError):
             store.unlink(name)
-    return left
 
 
 def _holds_something(store: Store, name: str, leaf: bytes) -> bool:

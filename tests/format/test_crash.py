@@ -48,6 +48,15 @@ HISTORIES = {
         "flush main",
     ],
     "resize": ["write main 12k 1k", "resize main 6k", "write main 4k 1k", "resize main 16k", "write main 5k 512"],
+    "a write while a flush syncs": ["write main 0 512", "race main 0 512", "discard main 0 4k", "race main 0 512"],
+    "killed": [
+        "write main 0 512",
+        "snapshot main s",
+        "write main 0 512",
+        "kill main",
+        "write main 512 512",
+        "flush main",
+    ],
     "reopen": ["write main 0 512", "reopen", "discard main 0 4k", "write main 0 512", "reopen", "write main 0 1k fua"],
 }
 

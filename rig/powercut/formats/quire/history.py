@@ -5,6 +5,8 @@ A history is a list of lines; sizes and offsets in bytes, with units as everywhe
     write HEAD OFFSET LENGTH [fua]    zero HEAD OFFSET LENGTH    discard HEAD OFFSET LENGTH    flush HEAD
     snapshot HEAD NAME    clone SNAPSHOT HEAD    revert HEAD SNAPSHOT    rename OLD NEW    delete NAME
     resize HEAD SIZE      reopen
+    race HEAD OFFSET LENGTH    flush the head, and write while the flush syncs
+    kill HEAD                  flush the head, but the program is killed before the sync; then reopen
 
 The set has one head, "main", at first. Marks in the trace say when each line began and ended, and which leaf each name
 had then. What a crash may leave follows from them alone: lines run one after the other.
@@ -12,9 +14,11 @@ had then. What a crash may leave follows from them alone: lines run one after th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +27,14 @@ from unittest import mock
 from powercut.capture.store import RecordingStore
 from powercut.crash.store import in_memory
 from powercut.errors import InputError
+from powercut.formats.quire.disturbed import disturbed
 from powercut.scenario import parse_size
 from powercut.trace import SECTOR, Kind, Trace, TraceWriter
 from quire import sets
 from quire.image import Image
 from quire.layout import BLOCK
 from quire.sets import FEATURES, Set
+from quire.store import Store
 
 _SHAPES = {  # what the words of a line are
     "write": "nssf",
@@ -42,8 +48,15 @@ _SHAPES = {  # what the words of a line are
     "delete": "n",
     "resize": "ns",
     "reopen": "",
+    "race": "nss",
+    "kill": "n",
 }
-_DURABLE = {"flush", "snapshot", "resize", "reopen"}  # what was written before is durable afterwards
+_WRITING = {"write", "zero", "discard", "race"}
+_DURABLE = {"flush", "snapshot", "resize", "reopen", "race"}  # what was written before is durable afterwards
+
+_TELLING = 16  # bytes by which contents differ
+_SHORT = 0.02  # seconds that a flush waits for a write which may be waiting for the flush
+_LONG = 30.0
 
 Candidates = list[tuple[bytes, ...]]  # of each sector: what it may hold
 
@@ -88,20 +101,75 @@ def repeatable(first: int = 1) -> Iterator[None]:
         yield
 
 
-def perform(quire: Set, number: int, line: Line) -> None:
-    """Do a line, which is not a reopen. Heads are opened when they are first used."""
-    if line.what in ("write", "zero", "discard", "flush"):
-        image = opened(quire, line.names[0])
-        if line.what == "write":
-            offset, length = line.numbers
-            sectors = range(offset // SECTOR, (offset + length) // SECTOR)
-            image.write(offset, b"".join(content(number, sector) for sector in sectors), line.fua)
+class Killed(BaseException):
+    """The program is no more."""
+
+
+class Session:
+    """A set on a store, and the lines of a history done on it."""
+
+    def __init__(self, store: Store, features: int) -> None:
+        self._store = disturbed(store, self._before)
+        self._features = features
+        self._meanwhile: Callable[[], None] | None = None
+        self.quire: Set
+
+    def create(self, size: int, slots: int) -> None:
+        self.quire = Set.create(self._store, size, slots=slots, features=self._features)
+
+    def perform(self, number: int, line: Line) -> None:
+        """Do a line. Heads are opened when they are first used."""
+        quire, names = self.quire, line.names
+        if line.what == "reopen":
+            quire.close()
+            self._open()
+        elif line.what == "kill":
+            image = opened(quire, names[0])
+            self._meanwhile = self._kill
+            with contextlib.suppress(Killed):
+                image.flush()
+            self._meanwhile = None
+            assert quire._lock is not None
+            quire._lock.close()  # all that a dead process lets go of
+            self._open()
+        elif line.what == "race":
+            image = opened(quire, names[0])
+            writer = threading.Thread(target=self._write, args=(image, number, line))
+            self._meanwhile = lambda: self._start(writer)
+            image.flush()
+            writer.join(_LONG)
+            if self._meanwhile is not None:  # there was nothing to sync
+                self._meanwhile = None
+                self._write(image, number, line)
+        elif line.what == "write":
+            self._write(opened(quire, names[0]), number, line)
+        elif line.what in ("zero", "discard", "flush"):
+            getattr(opened(quire, names[0]), line.what)(*line.numbers)
         else:
-            getattr(image, line.what)(*line.numbers)
-        return
-    if line.what in ("revert", "rename", "delete"):
-        close(quire, line.names[0])
-    getattr(quire, line.what)(*line.names, *line.numbers)
+            if line.what in ("revert", "rename", "delete") and (image_ := quire.opened(names[0])):
+                image_.close()
+            getattr(quire, line.what)(*names, *line.numbers)
+
+    def _open(self) -> None:
+        self.quire = Set.open(self._store, write=True, features=self._features)
+
+    def _write(self, image: Image, number: int, line: Line) -> None:
+        offset, length = line.numbers
+        sectors = range(offset // SECTOR, (offset + length) // SECTOR)
+        image.write(offset, b"".join(content(number, sector) for sector in sectors), line.fua)
+
+    def _before(self, call: str, file: str) -> None:
+        if call == "sync" and file.endswith(".leaf") and self._meanwhile is not None:
+            self._meanwhile()
+
+    def _kill(self) -> None:
+        raise Killed
+
+    def _start(self, writer: threading.Thread) -> None:
+        """Let a write run while the sync has not begun; if it has to wait for the sync, it may."""
+        self._meanwhile = None
+        writer.start()
+        writer.join(_SHORT)
 
 
 def opened(quire: Set, head: str) -> Image:
@@ -110,36 +178,31 @@ def opened(quire: Set, head: str) -> Image:
     return there if there is not None else quire.image(head)
 
 
-def close(quire: Set, name: str) -> None:
-    """Close the image of a head, if it is open."""
-    image = quire.opened(name)
-    if image is not None:
-        image.close()
-
-
 def record(lines: Sequence[Line], size: int, slots: int, path: Path, features: int = FEATURES) -> None:
     """Do a history on a new set in memory, and write the trace."""
     with TraceWriter(path, {"format": "quire", "size": size}) as writer, repeatable():
-        store = RecordingStore(in_memory(), writer)
+        session = Session(RecordingStore(in_memory(), writer), features)
         writer.mark("begin", line=-1)
-        quire = Set.create(store, size, slots=slots, features=features)
-        _done(writer, -1, quire)
+        session.create(size, slots)
+        _done(writer, -1, session.quire)
         for number, line in enumerate(lines):
             writer.mark("begin", line=number)
-            if line.what == "reopen":
-                quire.close()
-                quire = Set.open(store, write=True, features=features)
-            else:
-                perform(quire, number, line)
-            _done(writer, number, quire)
+            session.perform(number, line)
+            _done(writer, number, session.quire, line)
         writer.mark("begin", line=len(lines))
-        quire.close()
-        _done(writer, len(lines), quire)
+        session.quire.close()
+        _done(writer, len(lines), session.quire)
 
 
-def _done(writer: TraceWriter, line: int, quire: Set) -> None:
+def _done(writer: TraceWriter, number: int, quire: Set, line: Line | None = None) -> None:
     names = {name: [value.leaf.hex(), value.writable] for name, value in quire.manifest.names.items()}
-    writer.mark("end", line=line, names=names)
+    seen = {}
+    if line is not None and line.what == "kill":
+        for name in names:
+            image = opened(quire, name)
+            data = bytes(image.read(0, image.size))
+            seen[name] = [data[place : place + _TELLING].hex() for place in range(0, len(data), SECTOR)]
+    writer.mark("end", line=number, names=names, seen=seen)
 
 
 # ---- what was promised
@@ -178,6 +241,9 @@ class Promises:
                 )
             else:
                 world = _after(world, number, line)
+            for name, sectors in mark["seen"].items():  # what a reopened disk shows, it keeps
+                legal = zip(world.disks[name], sectors, strict=True)
+                world.disks[name] = [tuple(d for d in some if d[:_TELLING].hex() == seen) for some, seen in legal]
             world.names = names
             # While a line that changes the tree was running, the tree could be the new one already.
             begun = self._steps[-1][1]
@@ -193,7 +259,7 @@ class Promises:
         """What is legal once a line began: all that was, and what it writes."""
         if not world.names:
             return []
-        if line is not None and line.what in ("write", "zero", "discard"):
+        if line is not None and line.what in _WRITING:
             written = copy.deepcopy(world)
             for sector, data in _written(written, number, line):
                 _add(written.disks[line.names[0]], sector, data)
@@ -218,7 +284,7 @@ def _written(world: World, number: int, line: Line) -> list[tuple[int, bytes]]:
     if line.what == "discard":
         size = len(world.disks[line.names[0]]) * SECTOR
         offset, end = -(-offset // BLOCK) * BLOCK, end if end == size else end // BLOCK * BLOCK
-    zero = line.what != "write"
+    zero = line.what in ("zero", "discard")
     sectors = range(offset // SECTOR, end // SECTOR)
     return [(sector, bytes(SECTOR) if zero else content(number, sector)) for sector in sectors]
 
@@ -241,7 +307,10 @@ def _after(world: World, number: int, line: Line) -> World:
     if line.what in _DURABLE:
         for head in [name] if name else list(disks):
             disks[head] = [one[-1:] for one in disks[head]]
-    if line.what == "write" and line.fua:
+    if line.what == "race":  # what the flush promises came before the write
+        for sector, data in _written(world, number, line):
+            disks[name][sector] = tuple(dict.fromkeys((*world.disks[name][sector][-2:-1], data)))
+    elif line.what == "write" and line.fua:
         for sector, data in _written(after, number, line):
             disks[name][sector] = (data,)
     elif line.what == "snapshot" or line.what == "clone":
