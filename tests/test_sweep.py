@@ -160,3 +160,20 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in listed
+
+
+def test_the_gate_runs_scenarios_of_errors(tmp_path, planted):
+    """What is known of the QEMU that is here, or nothing is expected; a wrong expectation is told."""
+    (tmp_path / "wrong.toml").write_text(
+        'about = "raw loses nothing"\nexpect = "BROKEN"\nformat = "raw"\nsize = "64k"\n'
+        'errors = { event = "pwritev" }\nworkload = { history = ["write 0 4k"] }\n'
+    )
+    shipped = Path(__file__).parents[1] / "scenarios"
+    known = [shipped / f"errors-{name}.toml" for name in ("vdi-lost", "vpc-crossed", "parallels-refused")]
+    out = tmp_path / "gate.json"
+    command = ["gate", *map(str, known), str(tmp_path / "wrong.toml"), "--save", str(tmp_path / "kept")]
+    done = CliRunner().invoke(main, [*command, "--json", str(out)])
+    states = {result["name"]: result["state"] for result in json.loads(out.read_text())["results"]}
+    planted("errors: a scenario that expects what does not happen", states.pop("wrong") == "unexpected")
+    assert done.exit_code == 1
+    assert set(states.values()) == {"expected"}, done.output

@@ -8,14 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from powercut import endings, formats, operations, record, run
+from powercut import endings, formats, operations, record, run, sweep
 from powercut import loop as looping
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
+from powercut.report import errors as errors_report
 from powercut.report import loop as loop_reports
 from powercut.report import outcome as reports
 from powercut.report.text import progress, states
@@ -27,9 +28,20 @@ from powercut.verdict import Verdict
 SCHEMA = "powercut.gate/1"
 
 
+class Told(NamedTuple):
+    """What a scenario that explores no trace came to: its verdict, what it covered (for the table), as JSON, and what
+    shows a finding again."""
+
+    verdict: str
+    covered: str
+    document: dict[str, Any]
+    replay: str = ""
+
+
 @dataclass(slots=True)
 class Result:
-    """One scenario's result. `state`: "expected", "unexpected", "unknown", "skipped"; `why` in words."""
+    """One scenario's result. `state`: "expected", "unexpected", "unknown", "skipped"; `why` in words. Either a trace
+    was explored (`outcome`), or something else was done (`told`)."""
 
     name: str
     scenario: Scenario
@@ -39,6 +51,7 @@ class Result:
     saved: list[reports.Saved] | None = None
     looped: looping.Outcome | None = None  # in place of `outcome`, where a scenario is of loops
     seconds: float = 0.0
+    told: Told | None = None
 
 
 def shipped() -> Path:
@@ -105,6 +118,8 @@ def _load(file: Path) -> Scenario:
     try:
         if scenario.loop is not None:
             endings.find(scenario.loop.ending)
+        elif scenario.errors is not None:
+            sweep.prepared(scenario)
         else:
             formats.find(scenario.format)
             operations.operations(scenario)
@@ -114,6 +129,8 @@ def _load(file: Path) -> Scenario:
 
 
 def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
+    if scenario.errors is not None:
+        return _swept(scenario, qemu, jobs, save)
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         if scenario.trace is not None:
             trace = file.parent / scenario.trace
@@ -124,7 +141,7 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
         plan = plan_of(scenario, trace)
         with progress(f"exploring {scenario.name}") as show:
             outcome = run.explore_trace(plan, budget=scenario.explore.budget, jobs=jobs, progress=show)
-        result = _judge(scenario, outcome, qemu)
+        result = _judged(scenario, outcome, qemu)
         if result.state in ("unexpected", "unknown"):  # keep what a person needs to look into it
             save.mkdir(parents=True, exist_ok=True)
             kept = save / f"{scenario.name}.trace"
@@ -152,6 +169,19 @@ def _run_loops(scenario: Scenario, jobs: int | None, save: Path, full: bool) -> 
     return Result(scenario.name, scenario, state, "; ".join(why), looped=outcome)
 
 
+def _swept(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
+    """Errors below the format, one in each run."""
+    with progress(f"failing {scenario.name}") as show:
+        swept = sweep.run(scenario, jobs=jobs or 1, progress=show)
+    why = ", ".join(sorted({f"{found.fault.severity.label} ({found.way[0]})" for found in swept.found}))
+    rules = {found.way[0] for found in swept.found}
+    result = _judge(scenario, swept.verdict, rules, why, swept.reasons, qemu)
+    saved = sweep.save(swept, save / scenario.name) if result.state != "expected" else []
+    replay = f"powercut gate {saved[0]}" if saved else ""
+    result.told = Told(str(swept.verdict), f"{swept.runs:,} runs", errors_report.one(swept, saved), replay)
+    return result
+
+
 def plan_of(scenario: Scenario, trace: Path) -> Plan:
     """How a scenario wants its trace explored."""
     explore = scenario.explore
@@ -168,32 +198,43 @@ def plan_of(scenario: Scenario, trace: Path) -> Plan:
     return run.with_faults(plan, explore.media, explore.faults, explore.seed)
 
 
-def _judge(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:
-    """Whether `outcome` is what the scenario expects."""
-    verdict = outcome.verdict
+def _judged(scenario: Scenario, outcome: Outcome, qemu: str) -> Result:
+    """Whether a trace's outcome is what the scenario expects."""
     rules = {finding.rule for finding in outcome.findings}
     why = ", ".join(sorted({f"{finding.severity} ({finding.rule})" for finding in outcome.findings}))
+    result = _judge(scenario, outcome.verdict, rules, why, outcome.reasons, qemu)
+    result.outcome = outcome
+    return result
+
+
+def _judge(
+    scenario: Scenario, verdict: Verdict, rules: set[str], why: str, reasons: Sequence[str], qemu: str
+) -> Result:
+    """Whether a verdict, and the rules that were broken, are what the scenario expects."""
     if verdict is Verdict.UNKNOWN:
-        return Result(scenario.name, scenario, "unknown", "; ".join(outcome.reasons), outcome)
+        return Result(scenario.name, scenario, "unknown", "; ".join(reasons))
     if scenario.qemu and not any(qemu == known or qemu.startswith(f"{known}.") for known in scenario.qemu):
-        return Result(scenario.name, scenario, "expected", f"first seen with QEMU {qemu}; {why}".rstrip("; "), outcome)
+        return Result(scenario.name, scenario, "expected", f"first seen with QEMU {qemu}; {why}".rstrip("; "))
     as_expected = verdict == scenario.expect and (scenario.rule is None or scenario.rule in rules)
-    return Result(scenario.name, scenario, "expected" if as_expected else "unexpected", why, outcome)
+    return Result(scenario.name, scenario, "expected" if as_expected else "unexpected", why)
 
 
 def _line(result: Result, width: int) -> str:
-    coverage = result.outcome.coverage if result.outcome else None
-    got = str(result.outcome.verdict) if result.outcome else result.looped.word if result.looped else result.state
-    numbers = (
-        f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}" if coverage else " " * 25
-    )
-    line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers} {result.seconds:>5.1f} s"
+    got, numbers, replays = result.state, "", [saved.replay for saved in result.saved or []]
+    if result.outcome:
+        coverage, got = result.outcome.coverage, str(result.outcome.verdict)
+        numbers = f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}"
+    elif result.told:
+        got, numbers, replays = result.told.verdict, result.told.covered, [result.told.replay]
+    elif result.looped:
+        got, numbers = result.looped.word, f"{result.looped.loops:,} loops"
+    line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers:>25} {result.seconds:>5.1f} s"
     if result.state != "expected":
         line += f"  {result.state.upper()}"
     if result.why:
         line += f"  {result.why}"
-    for saved in (result.saved or [])[:1]:
-        line += f"\n    {saved.replay}"
+    for replay in replays[:1]:
+        line += f"\n    {replay}" if replay else ""
     return line
 
 
@@ -228,9 +269,15 @@ def document(results: list[Result]) -> dict[str, Any]:
                 "expect": result.scenario.expect,
                 "why": result.why,
                 "seconds": round(result.seconds, 2),
-                "outcome": reports.document(result.outcome, result.saved or []) if result.outcome else None,
+                "outcome": _outcome(result),
                 "loops": loop_reports.document(result.looped, looping.SCHEMA) if result.looped else None,
             }
             for result in results
         ],
     }
+
+
+def _outcome(result: Result) -> dict[str, Any] | None:
+    if result.outcome:
+        return reports.document(result.outcome, result.saved or [])
+    return result.told.document if result.told else None

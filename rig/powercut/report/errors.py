@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def _lasting(way: tuple[str, str, str, str]) -> str:
 
 
 def _image(target: Any) -> str:
-    options = "".join(f", {key}={value}" for key, value in target.options)
+    options = "".join(f", {key}={value}" for key, value in target.all_options.items())
     return f"{target.format}{options}{', with a backing file' if target.backing else ''}"
 
 
@@ -61,12 +62,12 @@ def document(results: list[tuple[Any, list[Path]]]) -> dict[str, Any]:
 
 
 def one(result: Any, saved: list[Path]) -> dict[str, Any]:
-    """One format's result."""
+    """One format's result. Findings that were not saved name no scenario."""
     return {
         "verdict": str(result.verdict),
         "qemu": result.qemu,
         "format": result.target.format,
-        "options": dict(result.target.options),
+        "options": result.target.all_options,
         "size": result.target.size,
         "backing": result.target.backing or None,
         "history": result.lines,
@@ -90,8 +91,8 @@ def one(result: Any, saved: list[Path]) -> dict[str, Any]:
                 "confirmed": found.confirmed,
                 "of": found.of,
                 "witness": found.witness,
-                "scenario": str(path),
+                "scenario": str(path) if path else None,
             }
-            for found, path in zip(result.found, saved, strict=True)
+            for found, path in zip_longest(result.found, saved)
         ],
     }
