@@ -192,8 +192,8 @@ def explore_trace(
         outcome.reasons.append(f"interrupted after {len(exploration.visited):,} of {count:,} epochs")
         if outcome.verdict is Verdict.HOLDS:
             outcome.verdict = Verdict.UNKNOWN
-        if kept is not None and kept.keep():
-            outcome.reasons.append("--resume goes on from there")
+        if kept is not None:
+            outcome.reasons.append("--resume goes on from there" if kept.keep() else str(kept.fault))
     elif kept is not None:
         kept.done()
     return outcome

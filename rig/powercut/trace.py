@@ -4,7 +4,7 @@ A trace file is a row of 512 bytes that says what it is, a row of zeros, and the
 other, only ever appended. A recorder may die at any moment: every whole record in the file counts. An event
 with bytes is written at once, before the recorded program hears that its request is done; records without bytes
 (completions, flushes, marks) may wait for the next one that has some, so that a death can cost the last few of
-them, never their order.
+them, never their order. Until the recording is closed in an orderly way the file ends within a record.
 
 All numbers are little-endian. A record is a header of 64 bytes (`RECORD`) at a multiple of 64, followed, if
 `stored` is not 0, by a payload. The payload of a write begins in the next row of 512 bytes, at the same
@@ -75,6 +75,9 @@ RECORD = np.dtype(
 )
 assert RECORD.itemsize == 64
 _RELEASE = 256 << 20
+_UNFINISHED = (
+    b"\xff"  # follows the last record while recording goes on: whoever dies leaves a trace whose end is missing
+)
 _WAITING = 64  # records without payload that may wait to be written
 _HEADER = struct.Struct("<BBHQQQQQQiI")  # RECORD without its crc
 
@@ -165,6 +168,7 @@ class TraceWriter:
         self._record(Kind.META, payload=json.dumps(meta).encode())
 
     def _put(self, parts: list[Any]) -> None:
+        parts = [*parts, _UNFINISHED]
         total = sum(len(part) for part in parts)
         try:
             written = os.pwritev(self._fd, parts, self._end)
@@ -174,10 +178,10 @@ class TraceWriter:
                     rest = rest[os.pwrite(self._fd, rest, self._end + total - len(rest)) :]
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._end + 1)  # not a whole record: a reader sees that the end is missing
+                os.ftruncate(self._fd, self._end + len(_UNFINISHED))
             self._fault = f"{self.path}: recording stopped at byte {self._end}: {error.strerror}"
             raise EnvironmentFault(self._fault) from None
-        self._end += total
+        self._end += total - len(_UNFINISHED)
 
     def _record(
         self,
@@ -263,12 +267,15 @@ class TraceWriter:
         """Record a free mark."""
         self._record(Kind.MARK, payload=json.dumps({"label": label, **payload}).encode())
 
-    def close(self) -> None:
+    def close(self, *, complete: bool = True) -> None:
+        """Write what waits. A recording that is not `complete` is left as one whose end is missing."""
         with self._lock:
             if self._fd >= 0:
                 try:
                     if self._fault is None:
                         self._write_waiting()
+                        if complete:
+                            os.ftruncate(self._fd, self._end)
                 finally:
                     os.close(self._fd)
                     self._fd = -1
@@ -279,7 +286,7 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(complete=kind is None)
 
 
 class Trace:

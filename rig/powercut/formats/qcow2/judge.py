@@ -76,6 +76,8 @@ class Qcow2:
         assert header is not None
         if header.data_file:
             raise Unjudged("the guest's data is in an external data file, which was not recorded")
+        if header.backing_file and self._recording.backing is None:
+            raise Unjudged("the image has a backing file, which is not in the trace")
         sizes = self._recording.promise.sizes if self._recording.promise else []
         if sizes and header.size not in sizes:
             text = f"the disk has {header.size:,} bytes; legal: {' or '.join(f'{size:,}' for size in sizes)}"
