@@ -51,7 +51,7 @@ class Anatomy:
         """The clusters of the L1 tables, the refcount table and its blocks, and the snapshot table."""
         header, bits = self.header, self.header.cluster_bits
         places = [(header.l1_table_offset, header.l1_size * 8), (self.geometry.refcount_table, 1)]
-        places += [(block, 1) for block in self.geometry.blocks]
+        places += [(block, 1) for block in self.geometry.blocks[self.geometry.blocks > 0].tolist()]
         for one in self.saved:
             places += [(one.where, one.end - one.where), (one.l1_table_offset, one.l1_size * 8)]
         return {cluster for offset, length in places for cluster in _clusters(offset, length, bits)}
@@ -61,7 +61,7 @@ def by_header(disk: Disk, header: Header, intact: bool, notes: list[Note]) -> An
     """The parts as this header has them."""
     size = max(0, min(header.refcount_table_clusters * header.cluster_size, disk.size - header.refcount_table_offset))
     table = disk.read(header.refcount_table_offset, size // 8 * 8).view(q.BE64)
-    blocks = tuple((table & q.REFCOUNT_TABLE_OFFSET_MASK).astype(np.int64).tolist())
+    blocks = (table & q.REFCOUNT_TABLE_OFFSET_MASK).astype(np.uint64).view(np.int64)
     counts = geometries.read_counts(disk, blocks, header.cluster_bits, header.refcount_order)
     geometry = Geometry(header.cluster_bits, header.refcount_order, header.refcount_table_offset, blocks, counts)
     length = max(0, min(header.l1_size * 8, disk.size - header.l1_table_offset))

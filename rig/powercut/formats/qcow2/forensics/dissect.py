@@ -41,8 +41,12 @@ def _explained(anatomy: Anatomy) -> int:
     total = -(-anatomy.disk.size >> anatomy.header.cluster_bits)
     layers = of(anatomy)
     clean(layers, anatomy, [])
-    refs = all_references(Layers(anatomy.disk, anatomy.header, layers, anatomy.disk.size), total).astype(np.int64)
+    refs = all_references(Layers(anatomy.disk, anatomy.header, layers, anatomy.disk.size), total)
     refs[[cluster for cluster in (0, *anatomy.metadata()) if 0 <= cluster < total]] += 1
-    counts = anatomy.geometry.count(np.arange(total)) if anatomy.geometry.counts is not None else refs
-    good = np.count_nonzero((refs > 0) & (refs <= counts))
-    return int(good - np.count_nonzero(refs > counts)) << anatomy.header.cluster_bits
+    counts = anatomy.geometry.counts
+    if counts is None:
+        return int(np.count_nonzero(refs)) << anatomy.header.cluster_bits
+    beyond = int(np.count_nonzero(refs[len(counts) :]))
+    refs = refs[: len(counts)]
+    fitting = np.count_nonzero((refs > 0) & (refs <= counts)) - np.count_nonzero(refs > counts)
+    return (int(fitting) - beyond) << anatomy.header.cluster_bits

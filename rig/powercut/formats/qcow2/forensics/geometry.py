@@ -10,7 +10,7 @@ Without refcounts, the cluster size is the largest power of two of which all off
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,9 @@ Counts = NDArray[np.uint16]
 _MOST_CLUSTERS = 1 << 30  # more are not worth 6 GiB of memory
 _CANDIDATES = 2000  # refcount tables of one cluster size that are looked at closely
 _KEPT = 3  # geometries that are tried out
-_SAMPLE = 1 << 16  # entries that are compared with the refcounts
+_BLOCKS = 256  # refcount blocks that are asked whether they describe themselves
+_COMPARED = 1000  # entries that are compared with the refcounts
+_SAMPLE = 1 << 16  # words of tables, of which these are taken
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Geometry:
     cluster_bits: int
     refcount_order: int = 4
     refcount_table: int = 0  # byte offset; 0: not found
-    blocks: tuple[int, ...] = ()  # byte offsets of the refcount blocks, 0 for none
+    blocks: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # byte offsets, 0 for none
     counts: Counts | None = None
     merit: tuple[float, float] = (0.0, 0.0)  # see `_merit`
 
@@ -48,6 +50,17 @@ class Geometry:
         """Whether the refcounts say so; everything is, if they are lost."""
         return self.count(clusters) > 0
 
+    def one(self, disk: Disk, cluster: int) -> int | None:
+        """The refcount of one cluster, read from its block; None if it lies beyond the blocks."""
+        block, index = divmod(cluster, self.cluster * 8 >> self.refcount_order)
+        if block >= len(self.blocks):
+            return None
+        if not self.blocks[block]:
+            return 0
+        bits = 1 << self.refcount_order
+        raw = disk.read(int(self.blocks[block]) + index * bits // 8, max(1, bits // 8))
+        return int(decode(raw, self.refcount_order)[index * bits % 8 // bits if bits < 8 else 0])
+
     def count(self, clusters: I64) -> I64:
         if self.counts is None:
             return np.ones(len(clusters), dtype=np.int64)
@@ -57,14 +70,15 @@ class Geometry:
         return out
 
 
-def read_counts(disk: Disk, blocks: tuple[int, ...], bits: int, order: int) -> Counts:
+def read_counts(disk: Disk, blocks: I64, bits: int, order: int) -> Counts:
     """Refcounts by cluster out of blocks at these offsets. Blocks that are not there count nothing."""
     cluster, total = 1 << bits, -(-disk.size >> bits)
     per_block = cluster * 8 >> order
     if total > _MOST_CLUSTERS:
         return np.zeros(0, dtype=np.uint16)
     counts = np.zeros(min(total, len(blocks) * per_block), dtype=np.uint16)
-    for number, offset in enumerate(blocks):
+    for number in np.flatnonzero(blocks).tolist():
+        offset = int(blocks[number])
         start, stop = number * per_block, min(len(counts), (number + 1) * per_block)
         if 0 < offset < disk.size and offset % cluster == 0 and start < stop:
             counts[start:stop] = np.minimum(decode(disk.read(offset, cluster), order)[: stop - start], 65535)
@@ -82,7 +96,8 @@ def find(disk: Disk, scan: Scan) -> list[Geometry]:
         for table, words in _candidates(sectors, scan, bits):
             found += _describing_themselves(disk, table, words, bits, offsets)
     if found:
-        best = sorted(found, key=lambda g: (g.merit, g.cluster_bits), reverse=True)[:_KEPT]
+        best = sorted(found, key=lambda g: (g.merit, g.cluster_bits), reverse=True)
+        best = [g for g in best if sum(g.merit) > sum(best[0].merit) - 0.2][:_KEPT]
         return [replace(g, counts=read_counts(disk, g.blocks, g.cluster_bits, g.refcount_order)) for g in best]
     bits = _by_alignment(offsets)
     return [Geometry(bits)] if bits else []
@@ -123,44 +138,44 @@ def _describing_themselves(disk: Disk, table: int, words: U64, bits: int, offset
     """The refcount widths with which the table and its blocks have refcount 1."""
     cluster, total, out = 1 << bits, -(-disk.size >> bits), []
     for order in range(q.MAX_REFCOUNT_ORDER + 1):
-        per_block = cluster * 8 >> order
-        needed = -(-total // per_block) + 1
-        entries = words if needed <= len(words) else disk.read(table, needed * 8).view(q.BE64).astype(np.uint64)
-        entries = entries[:needed]
+        needed = -(-total // (cluster * 8 >> order))
+        near = Geometry(bits, order, table, words[:needed].view(np.int64))
+        if near.one(disk, table >> bits) not in (1, None) or near.one(disk, int(words[0]) >> bits) not in (1, None):
+            continue
+        entries = words[:needed] if needed <= len(words) else _entries(disk, table, needed)
         used = entries[entries != 0]
-        if not len(used) or (used >= disk.size).any() or (used & np.uint64(cluster - 1)).any():
+        if (used >= disk.size).any() or (used & np.uint64(cluster - 1)).any() or (used == table).any():
             continue
-        if len(np.unique(used)) < len(used) or table in used.tolist():
+        if len(np.unique(used)) < len(used):
             continue
-        blocks = tuple(entries.tolist())
-        places = np.array([table, *used.tolist()], dtype=np.int64) >> bits
-        own = [_one(disk, blocks, int(place), per_block, order) for place in places]
-        if sum(count == 1 for count in own) < 0.9 * len(own):
+        geometry = Geometry(bits, order, table, entries.view(np.int64))
+        own = used[:: max(1, len(used) // _BLOCKS)].view(np.int64) >> bits
+        if sum(geometry.one(disk, place) == 1 for place in [table >> bits, *own.tolist()]) < 0.9 * (len(own) + 1):
             continue
-        geometry = Geometry(bits, order, table, blocks, read_counts(disk, blocks, bits, order))
-        out.append(replace(geometry, counts=None, merit=_merit(geometry, disk.size, offsets)))
+        out.append(replace(geometry, merit=_merit(disk, geometry, offsets)))
     return out
 
 
-def _one(disk: Disk, blocks: tuple[int, ...], cluster: int, per_block: int, order: int) -> int:
-    block, index = divmod(cluster, per_block)
-    if block >= len(blocks) or not blocks[block]:
-        return 0
-    bits = 1 << order
-    start = index * bits // 8
-    raw = disk.read(blocks[block] + start, max(1, bits // 8))
-    return int(decode(raw, order)[index * bits % 8 // bits if bits < 8 else 0])
+def _entries(disk: Disk, table: int, count: int) -> U64:
+    return disk.read(table, count * 8).view(q.BE64).astype(np.uint64)
 
 
-def _merit(geometry: Geometry, size: int, offsets: I64) -> tuple[float, float]:
+def _merit(disk: Disk, geometry: Geometry, offsets: I64) -> tuple[float, float]:
     """Of what tables point to, the part that is in use; then how near to the file's end the clusters in use end."""
-    assert geometry.counts is not None
-    aligned = offsets[offsets & (geometry.cluster - 1) == 0]
-    agreeing = np.count_nonzero(geometry.in_use(aligned >> geometry.cluster_bits))
-    used = np.flatnonzero(geometry.counts)
-    last = int(used[-1]) + 1 if len(used) else 0
-    total = -(-size >> geometry.cluster_bits)
-    return round(agreeing / max(1, len(offsets)), 2), -abs(total - last) / max(1, total)
+    some = offsets[:: max(1, len(offsets) // _COMPARED)]
+    aligned = some[some & (geometry.cluster - 1) == 0] >> geometry.cluster_bits
+    agreeing = sum(bool(geometry.one(disk, cluster)) for cluster in aligned.tolist())
+    total = -(-disk.size >> geometry.cluster_bits)
+    return round(agreeing / max(1, len(some)), 2), round(-abs(total - _end(disk, geometry)) / max(1, total), 2)
+
+
+def _end(disk: Disk, geometry: Geometry) -> int:
+    """The first cluster behind all that are in use."""
+    for number in np.flatnonzero(geometry.blocks)[::-1].tolist():
+        counts = decode(disk.read(int(geometry.blocks[number]), geometry.cluster), geometry.refcount_order)
+        if counts.any():
+            return int(number) * len(counts) + int(np.flatnonzero(counts)[-1]) + 1
+    return 0
 
 
 def _by_alignment(offsets: I64) -> int:

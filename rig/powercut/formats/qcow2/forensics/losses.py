@@ -49,9 +49,9 @@ def losses(anatomy: Anatomy, working: Layers, refs: Refs) -> list[Loss]:
     counts = anatomy.geometry.counts
     if counts is None or anatomy.header.dirty:
         return []
-    known = refs[: len(counts)].astype(np.int64)
+    known = refs[: len(counts)].copy()
     own = [cluster for cluster in (0, *anatomy.metadata()) if 0 <= cluster < len(known)]
-    known[own] = 1 << 40
+    known[own] = 1 << 31
     owed = counts[: len(known)] > known
     if not owed.any():
         return []

@@ -12,11 +12,14 @@ import numpy as np
 
 from powercut.disk import Disk
 from powercut.formats.qcow2 import layout as q
-from powercut.formats.qcow2.entries import I64, U64
+from powercut.formats.qcow2.entries import I64, U64, Bools
 from powercut.formats.qcow2.forensics.geometry import Geometry
 from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, plausible, reach
 
 _BATCH = 1 << 21  # words that are looked at together
+_SHARE = 0.8  # of an L1 table's entries, those that must point to tables
+_LOOKED_AT = 4096  # candidates of a batch
+_EMPTY = 64  # clusters of zeros that may be tables of nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,32 +75,53 @@ def l1_candidates(disk: Disk, scan: Scan, geometry: Geometry, tables: Tables, no
         first = words[np.arange(len(part)), (words & q.OFFSET_MASK != 0).argmax(axis=1)] & q.OFFSET_MASK
         aligned = (first != 0) & (first & np.uint64(geometry.cluster - 1) == 0)
         target = (first >> bits).view(np.int64)
-        near = aligned & (np.isin(target, tables.standard) | np.isin(target, tables.extended))
-        empty = np.flatnonzero(aligned & ~near & geometry.in_use(target))[:64]
+        near = aligned & (_among(tables.standard, target) | _among(tables.extended, target))
+        empty = np.flatnonzero(aligned & ~near & geometry.in_use(target))[:_EMPTY]
         near[empty] = np.array([_zeros(disk, int(first[i]), geometry.cluster) for i in empty], dtype=np.bool_)
-        out += [_candidate(disk, geometry, tables, int(c), not_these) for c in part[near][:4096]]
-    good = [c for c in out if c.share >= 0.8 and c.good]
-    return sorted(good, key=lambda c: (c.share, c.good), reverse=True)
+        found = (_candidate(disk, geometry, tables, int(c), not_these) for c in part[near][:_LOOKED_AT])
+        out += [candidate for candidate in found if candidate is not None]
+    return sorted(out, key=lambda c: (c.share, c.good), reverse=True)
 
 
-def _candidate(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> Candidate:
+def _candidate(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> Candidate | None:
+    """None if the entries of the first cluster alone show that it is none."""
+    words = disk.read(cluster << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
+    if _judged(disk, geometry, tables, cluster, words[: _plausible_to(disk, geometry, words)]).share < _SHARE:
+        return None
     entries = read_l1(disk, geometry, tables, cluster, not_these)
+    candidate = _judged(disk, geometry, tables, cluster, entries)
+    return candidate if candidate.share >= _SHARE and candidate.good else None
+
+
+def _judged(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, entries: U64) -> Candidate:
     target = ((entries & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
     target = target[target != 0]
-    standard, extended = (int(np.isin(target, kind).sum()) for kind in (tables.standard, tables.extended))
-    is_extended = any_extended([entries], tables, geometry)
-    known = tables.extended if is_extended else tables.standard
-    others = target[~np.isin(target, known)][:64]
-    empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in others)
-    good = extended if is_extended else standard
+    known = tables.extended if any_extended([entries], tables, geometry) else tables.standard
+    there = _among(known, target)
+    good = int(there.sum())
+    empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in target[~there][:_EMPTY])
     return Candidate(cluster, entries, good + empty if good else 0)
+
+
+def _among(ascending: I64, values: I64) -> Bools:
+    """Which of `values` are in `ascending`."""
+    if not len(ascending):
+        return np.zeros(values.shape, dtype=np.bool_)
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return np.asarray(ascending[at] == values, dtype=np.bool_)
+
+
+def _plausible_to(disk: Disk, geometry: Geometry, words: U64) -> int:
+    """How many of the words, from the first on, may be L1 entries."""
+    good = plausible(words, reach(disk.size)) & (words & np.uint64(geometry.cluster - 1) & ~np.uint64(q.ZERO) == 0)
+    return len(words) if good.all() else int(good.argmin())
 
 
 def any_extended(l1_tables: list[U64], tables: Tables, geometry: Geometry) -> bool:
     """Whether the tables that these L1 tables point to have extended L2 entries."""
     every = np.concatenate([np.zeros(0, dtype=np.uint64), *l1_tables])
     target = ((every & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
-    standard, extended = (np.count_nonzero(np.isin(target, kind)) for kind in (tables.standard, tables.extended))
+    standard, extended = (np.count_nonzero(_among(kind, target)) for kind in (tables.standard, tables.extended))
     return bool(extended > standard) and geometry.cluster // q.SUBCLUSTERS >= SECTOR
 
 
@@ -107,10 +131,10 @@ def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_th
     number = cluster
     while len(parts) * geometry.cluster < q.MAX_L1_BYTES:
         words = disk.read(number << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
-        good = plausible(words, reach(disk.size)) & (words & np.uint64(geometry.cluster - 1) & ~np.uint64(q.ZERO) == 0)
-        parts.append(words if good.all() else words[: int(good.argmin())])
+        good = _plausible_to(disk, geometry, words)
+        parts.append(words[:good])
         number += 1
-        more = geometry.in_use(np.array([number]))[0] and number not in not_these and good.all()
+        more = geometry.in_use(np.array([number]))[0] and number not in not_these and good == len(words)
         if not more or number << geometry.cluster_bits >= disk.size or not _continues(disk, geometry, tables, number):
             break
     entries = np.concatenate(parts)
@@ -122,7 +146,7 @@ def _continues(disk: Disk, geometry: Geometry, tables: Tables, cluster: int) -> 
     """Whether the cluster may be the next of an L1 table: nothing but zeros, or pointers to tables."""
     words = disk.read(cluster << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
     target = ((words[words != 0] & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
-    known = np.isin(target, tables.standard) | np.isin(target, tables.extended)
+    known = _among(tables.standard, target) | _among(tables.extended, target)
     return not len(target) or int(known.sum()) >= 0.8 * len(target)
 
 
