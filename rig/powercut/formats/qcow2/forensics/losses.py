@@ -26,6 +26,7 @@ from powercut.formats.qcow2.forensics.notes import guest_range
 from powercut.formats.qcow2.forensics.scan import plausible, reach
 
 _MOST = 1 << 16  # leaked clusters, or empty tables, that are looked into
+_LOOKED_AT = 1 << 30  # bytes of leaked clusters that are read
 _OFFSET = np.uint64(q.OFFSET_MASK)
 
 
@@ -56,7 +57,7 @@ def losses(anatomy: Anatomy, working: Layers, refs: Refs) -> list[Loss]:
     if not owed.any():
         return []
     found = _shared_tables(anatomy, working, owed)
-    leaked = np.flatnonzero(owed & (known == 0))[:_MOST]
+    leaked = np.flatnonzero(owed & (known == 0))[: min(_MOST, max(64, _LOOKED_AT >> anatomy.header.cluster_bits))]
     found += _floating_tables(anatomy, working, leaked, owed, {loss.entry[:2] for loss in found if loss.entry})
     return found + _empty_tables(anatomy, working, leaked, owed)
 
@@ -128,15 +129,12 @@ def _home(anatomy: Anatomy, working: Layers, words: U64, taken: set[tuple[int, i
 
 def _empty_tables(anatomy: Anatomy, working: Layers, leaked: I64, owed: NDArray[np.bool_]) -> list[Loss]:
     """L2 tables of zeros: what snapshots say they held, and what nobody says."""
-    header, found, empty = anatomy.header, [], []
+    header, found, empty, where = anatomy.header, [], [], ""
     for batch in working.batches():
         empty += batch.offsets[~batch.words.any(axis=1)].tolist()
+    places, _, first = working.places()
     for offset in empty[:_MOST]:
-        layer, index = next(
-            (number, int(at[0]))
-            for number, layer in enumerate(working.layers)
-            if len(at := np.flatnonzero(layer.l1 & _OFFSET == offset))
-        )
+        layer, index = working.home(int(first[np.searchsorted(places, offset)]))
         words = np.zeros(header.cluster_size // 8, dtype=np.uint64)
         for other in working.layers:
             place = int(other.l1[index] & _OFFSET) if index < len(other.l1) else 0
@@ -144,14 +142,13 @@ def _empty_tables(anatomy: Anatomy, working: Layers, leaked: I64, owed: NDArray[
                 table = working.disk.read(place, header.cluster_size).view(q.BE64).astype(np.uint64)
                 words = np.where((words == 0) & _entries_owed(table, owed, anatomy), table, words)
         start = index * anatomy.coverage
-        whose = f"{guest_range(start, start + anatomy.coverage)} of {working.layers[layer].name}"
-        where = f"the L2 table of {whose}, at {offset:#x}"
+        where = f"the L2 table at {offset:#x} ({guest_range(start, start + anatomy.coverage)} of {layer.name})"
         if words.any():
-            text = f"{where}, is empty, and {np.count_nonzero(words)} entries of another layer's are owed one reference"
+            text = f"{where} is empty, and {np.count_nonzero(words)} entries of another layer's are owed one reference"
             found.append(Loss("empty-table", text, table=(offset, words)))
     data = [c for c in leaked.tolist() if working.disk.read(c << header.cluster_bits, header.cluster_size).any()]
     if empty and data:
-        tables = f"an L2 table, at {empty[0]:#x}, is" if len(empty) == 1 else f"{len(empty):,} L2 tables are"
+        tables = f"{where} is" if len(empty) == 1 else f"{len(empty):,} L2 tables are"
         text = f"{tables} all zeros, and {len(data):,} clusters of data belong to nothing: they may be what was mapped"
         found.append(Loss("unmapped-data", text))
     return found
