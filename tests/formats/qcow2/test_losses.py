@@ -54,7 +54,7 @@ def test_a_zeroed_l2_table(tmp_path: Path, planted: Callable[[str, bool], None])
     assert "64 clusters of data belong to nothing" in told.text
     code, text, _ = rescued(path)
     assert code == 1
-    assert "lost       lost entry: an L2 table" in text
+    assert "lost       lost entry: the L2 table at" in text
 
 
 def test_a_zeroed_l2_table_that_a_snapshot_knows(tmp_path: Path) -> None:

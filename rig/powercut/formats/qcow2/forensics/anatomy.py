@@ -199,9 +199,8 @@ def _notes(anatomy: Anatomy, active: Candidate | None) -> list[Note]:
     else:
         notes.append(guessed("version", "3: nothing that is left tells it from 2"))
     for one in anatomy.saved:
-        notes.append(
-            recovered("snapshot", f"{one.called}, its L1 table of {one.l1_size} entries at {one.l1_table_offset:#x}")
-        )
+        text = f"{one.called}, its L1 table of {one.l1_size} entries at {one.l1_table_offset:#x}"
+        notes.append(recovered("snapshot", text))
     return notes
 
 

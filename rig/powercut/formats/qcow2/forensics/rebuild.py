@@ -181,7 +181,7 @@ def _unclaimed(anatomy: Anatomy, working: Layers, refs: NDArray[np.uint32]) -> l
     claimed[[cluster for cluster in known if 0 <= cluster < len(claimed)]] = True
     free = np.flatnonzero((counts > 0) & ~claimed)
     size = len(free) << anatomy.header.cluster_bits
-    text = f"{len(free):,} clusters ({size:,} bytes) have a refcount, and no table maps them: taken as leaks"
+    text = f"{len(free):,} clusters ({size:,} bytes) have a refcount, and no table maps them: free in the new image"
     return [guessed("unclaimed clusters", text)] if len(free) else []
 
 
