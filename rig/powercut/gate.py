@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from powercut import endings, formats, operations, record, run, sweep
+from powercut import endings, formats, modelloop, operations, record, run, sweep
 from powercut import loop as looping
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
 from powercut.report import errors as errors_report
 from powercut.report import loop as loop_reports
+from powercut.report import modelloop as model_reports
 from powercut.report import outcome as reports
 from powercut.report.text import progress, states
 from powercut.run import Outcome
@@ -29,13 +30,13 @@ SCHEMA = "powercut.gate/1"
 
 
 class Told(NamedTuple):
-    """What a scenario that explores no trace came to: its verdict, what it covered (for the table), as JSON, and what
-    shows a finding again."""
+    """What a scenario that explores no trace came to: its verdict, what it covered (for the table), as JSON, and lines
+    for people: what shows a finding again, or what happened."""
 
     verdict: str
     covered: str
     document: dict[str, Any]
-    replay: str = ""
+    lines: str = ""
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ def run_all(
         )
     for file, scenario in scenarios:
         begin = time.monotonic()
-        if qemu is None and scenario.trace is None:
+        if qemu is None and scenario.trace is None and not _without_qemu(scenario):
             result = Result(scenario.name, scenario, "skipped", "no QEMU")
         else:
             try:
@@ -116,7 +117,9 @@ def run_all(
 def _load(file: Path) -> Scenario:
     scenario = load(file)
     try:
-        if scenario.loop is not None:
+        if scenario.model is not None:
+            modelloop.Loops(scenario)
+        elif scenario.loop is not None:
             endings.find(scenario.loop.ending)
         elif scenario.errors is not None:
             sweep.prepared(scenario)
@@ -131,6 +134,8 @@ def _load(file: Path) -> Scenario:
 def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
     if scenario.errors is not None:
         return _swept(scenario, qemu, jobs, save)
+    if scenario.model is not None:
+        return _modelled(scenario)
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         if scenario.trace is not None:
             trace = file.parent / scenario.trace
@@ -182,6 +187,24 @@ def _swept(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Resul
     return result
 
 
+def _without_qemu(scenario: Scenario) -> bool:
+    """Whether everything in it is ours: the guest, the driver and the disk."""
+    return scenario.model is not None and scenario.model.guest == "client"
+
+
+def _modelled(scenario: Scenario) -> Result:
+    """Loops on the model of the driver. Where a real guest is wanted and there is none it is skipped."""
+    try:
+        with progress(scenario.name) as show:
+            outcome = modelloop.Loops(scenario).run(show)
+    except EnvironmentFault as fault:
+        return Result(scenario.name, scenario, "skipped", str(fault))
+    as_expected = outcome.word == scenario.expect and scenario.rule in (None, *outcome.rules)
+    told = Told(outcome.word, f"{outcome.loops} loops", model_reports.document(outcome), model_reports.text(outcome))
+    state = "expected" if as_expected else "unexpected"
+    return Result(scenario.name, scenario, state, outcome.why, told=told)
+
+
 def plan_of(scenario: Scenario, trace: Path) -> Plan:
     """How a scenario wants its trace explored."""
     explore = scenario.explore
@@ -220,12 +243,12 @@ def _judge(
 
 
 def _line(result: Result, width: int) -> str:
-    got, numbers, replays = result.state, "", [saved.replay for saved in result.saved or []]
+    got, numbers, more = result.state, "", [saved.replay for saved in (result.saved or [])[:1]]
     if result.outcome:
         coverage, got = result.outcome.coverage, str(result.outcome.verdict)
         numbers = f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}"
     elif result.told:
-        got, numbers, replays = result.told.verdict, result.told.covered, [result.told.replay]
+        got, numbers, more = result.told.verdict, result.told.covered, result.told.lines.splitlines()
     elif result.looped:
         got, numbers = result.looped.word, f"{result.looped.loops:,} loops"
     line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers:>25} {result.seconds:>5.1f} s"
@@ -233,9 +256,7 @@ def _line(result: Result, width: int) -> str:
         line += f"  {result.state.upper()}"
     if result.why:
         line += f"  {result.why}"
-    for replay in replays[:1]:
-        line += f"\n    {replay}" if replay else ""
-    return line
+    return "\n    ".join([line, *more])
 
 
 def summary(results: list[Result], qemu: str | None) -> str:

@@ -68,6 +68,11 @@ class Outcome:
         return "BROKEN" if self.failed else "CLEAN"
 
     @property
+    def rules(self) -> set[str]:
+        """The rules that were broken."""
+        return ({"opens"} if self.gone else set()) | ({"structure"} if self.failed else set())
+
+    @property
     def why(self) -> str:
         """In one line."""
         if not self.failed:
