@@ -206,6 +206,44 @@ def test_command(tmp_path: Path) -> None:
     assert 0.77 < document["bound"] < 0.78
 
 
+# A boot sector that writes itself to sector 2 of one track after the other, by the BIOS, and never stops:
+# cli; ax = ds = es = ss = 0; sp = 0x7c00; sti; cx = 2
+# again: ax = 0x301; bx = 0x7c00; dx = 0x80; int 0x13; inc ch; jmp again
+BOOT = bytes.fromhex("fa31c08ed88ec08ed0bc007cfbb90200b80103bb007cba8000cd13fec5ebf1".ljust(1020, "0") + "55aa")
+
+
+@pytest.mark.parametrize("ending", ["sigkill", "commit-quit"])
+def test_a_disk_that_was_brought_is_never_written_to(ending: str, tmp_path: Path) -> None:
+    hardware()
+    brought = tmp_path / "mine.raw"
+    brought.write_bytes(BOOT + bytes((8 << 20) - 512))
+    before = brought.read_bytes(), brought.stat().st_mtime_ns
+    plan = Loop(ending=ending, device="ide", disk=str(brought), after=1.5)
+    outcome = Loops(Scenario("", "CLEAN", loop=plan), accelerator="tcg").run(loops=2, jobs=1, save=tmp_path / "kept")
+    assert outcome.word == "CLEAN", [failure.cycled for failure in outcome.failures + outcome.unknown]
+    assert (brought.read_bytes(), brought.stat().st_mtime_ns) == before
+
+
+def test_control_a_disk_that_was_brought(tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware()
+    brought = tmp_path / "mine.raw"
+    brought.write_bytes(BOOT + bytes((8 << 20) - 512))
+    quits = endings.find("quit")
+    sizes = []
+
+    def end(running: Running) -> None:
+        quits.end(running)
+        sizes.append(running.images[0].path.stat().st_size)
+        overwrite_header(running)
+
+    monkeypatch.setattr(endings, "find", lambda name: replace(quits, end=end))
+    plan = Loop(device="ide", disk=str(brought), after=1.5)
+    outcome = Loops(Scenario("", "CLEAN", loop=plan), accelerator="tcg").run(loops=1, save=tmp_path / "kept")
+    planted("loop: header of an overlay", outcome.word == "BROKEN")
+    assert outcome.word == "BROKEN"
+    assert sizes[0] > 5 << 16, "the guest had written"
+
+
 def test_a_scenario_of_loops_in_the_gate(tmp_path: Path) -> None:
     hardware()
     text = 'about = "x"\nexpect = "{}"\nsize = "64M"\nworkload.operations = 8\nloop = {{ loops = 50, quick = 1 }}\n'
@@ -229,6 +267,9 @@ def test_a_scenario_of_loops_in_the_gate(tmp_path: Path) -> None:
         ("loop qcow2 --until-proof 7", "not a rate"),
         ("loop qcow2 --device floppy", "floppy"),
         ("loop", "FORMAT"),
+        ("loop --disk /nonexistent/disk", "/nonexistent/disk: No such file"),
+        ("loop --disk /dev/null", "is no file"),
+        ("loop --disk README.md --ending guest-panic", "needs our agent"),
         ("loop --replay /nonexistent", "No such file"),
     ],
 )

@@ -30,7 +30,7 @@ FLOORS = [
     {"inflight", "injection"},
     {"run", "sets", "record", "modelled", "races", "histories"},
     {"cycle"},
-    {"cut"},
+    {"cut", "brought"},
     {"loop", "bundle", "sweep", "inspection"},
     {"modelloop"},
     {"gate", "replay", "rescue", "compare"},

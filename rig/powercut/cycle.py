@@ -131,6 +131,8 @@ class Lane:
         home = self.folder / "machine"
         home.mkdir(exist_ok=True)
         way = "plug" if self.ending.direct and plan.start == "restore" else plan.start
+        if plan.disk is not None:
+            way = "boot"
         with start.STARTS[way](self._hardware, disks, home) as machine:
             try:
                 cycled.command = machine.reproduce()

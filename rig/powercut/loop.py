@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from powercut import endings, stats
+from powercut.brought import BroughtLane
 from powercut.cut import CutLane
 from powercut.cycle import Cycled, Lane, copy
 from powercut.errors import EnvironmentFault, InputError
@@ -123,7 +124,8 @@ class Loops:
         version, guest = qemu_version(qemu), kernel()
         chosen = Accelerator(accelerator) if accelerator else choose(qemu, guest)
         self._scenario, plan = scenario, scenario.loop
-        self._hardware = Hardware(chosen.name, guest, qemu, plan.cpu, plan.memory)
+        own = guest if plan.disk is None else None
+        self._hardware = Hardware(chosen.name, own, qemu, plan.cpu, plan.memory)
         self.outcome = Outcome(scenario, version, chosen, guest.name)
         self._next = 0
         self._lock = threading.Lock()
@@ -175,7 +177,9 @@ class Loops:
         return self.outcome
 
     def _lane(self, folder: Path) -> Lane:
-        kind = CutLane if self._ending.recorded else Lane
+        assert self._scenario.loop is not None
+        brought = self._scenario.loop.disk is not None
+        kind = BroughtLane if brought else CutLane if self._ending.recorded else Lane
         return kind(self._scenario, self._hardware, folder)
 
     def replay(self, folder: Path, images: list[Path], number: int, operation: int, save: Path) -> Outcome:

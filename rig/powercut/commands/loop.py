@@ -31,7 +31,7 @@ from powercut.commands import JSON, named_values
 @click.option(
     "--start", default="restore", show_default=True, help="restore (from a template in memory), plug or boot."
 )
-@click.option("--device", default="virtio-blk", show_default=True, help="virtio-blk, virtio-scsi, ide or nvme.")
+@click.option("--device", help="virtio-blk, virtio-scsi, ide or nvme.  [default: virtio-blk; ide with --disk]")
 @click.option("--disks", default=1, show_default=True, type=click.IntRange(1, 4), help="How many disks.")
 @click.option(
     "--cache", default="writeback", show_default=True, help="writeback, none, writethrough, directsync or unsafe."
@@ -39,7 +39,13 @@ from powercut.commands import JSON, named_values
 @click.option("--aio", default="threads", show_default=True, help="threads, native or io_uring.")
 @click.option("--no-discard", is_flag=True, help="QEMU ignores the guest's discards.")
 @click.option("--cpu", help="The guest's processor (-cpu).")
-@click.option("--memory", default=96, show_default=True, type=click.IntRange(64), help="The guest's memory in MiB.")
+@click.option("--memory", type=click.IntRange(64), help="The guest's memory in MiB.  [default: 96; 1024 with --disk]")
+@click.option(
+    "--disk", metavar="IMAGE", help="A disk that boots by itself, in place of FORMAT: guests get overlays on it."
+)
+@click.option(
+    "--after", type=click.FloatRange(0, min_open=True), help="With --disk: seconds.  [default: drawn, 10 to 40]"
+)
 @click.option("--qemu", default="qemu-system-x86_64", metavar="PATH", help="Which QEMU.  [default: the one on PATH]")
 @click.option("--accelerator", type=click.Choice(["tcg", "kvm"]), help="[default: kvm where a probe guest booted]")
 @click.option("--jobs", type=click.IntRange(1), help="Guests at once.  [default: one more than there are cores]")
@@ -70,8 +76,8 @@ def loop(
     from powercut.report import loop as report
     from powercut.report.text import progress
 
-    if (format is None) == (replay is None):
-        raise click.UsageError("give a FORMAT, or --replay DIR")
+    if sum(given is not None for given in (format, described["disk"], replay)) != 1:
+        raise click.UsageError("give a FORMAT, --disk IMAGE, or --replay DIR")
     if replay is not None:
         scenario, number, operation, images = looping.load(replay)
         again = looping.Loops(scenario, qemu=qemu, accelerator=accelerator)
@@ -92,11 +98,12 @@ def loop(
 def _scenario(format: str | None, loops: int, described: dict[str, Any]) -> Any:
     from powercut.scenario import from_options
 
+    disk = described["disk"]
     return from_options(
         {
             "about": "",
             "expect": "CLEAN",
-            "format": format,
+            "format": format or "qcow2",
             "size": described["size"],
             "options": named_values(described["options"]),
             "backing": described["backing"],
@@ -110,7 +117,7 @@ def _scenario(format: str | None, loops: int, described: dict[str, Any]) -> Any:
                 "ending": described["ending"],
                 "loops": loops,
                 "start": described["start"],
-                "device": described["device"],
+                "device": described["device"] or ("ide" if disk else "virtio-blk"),
                 "cache": described["cache"],
                 "aio": described["aio"],
                 "discard": not described["no_discard"],
@@ -118,7 +125,9 @@ def _scenario(format: str | None, loops: int, described: dict[str, Any]) -> Any:
                 "fresh": described["fresh"],
                 "moment": described["moment"],
                 "cpu": described["cpu"],
-                "memory": described["memory"],
+                "memory": described["memory"] or (1024 if disk else 96),
+                "disk": disk,
+                "after": described["after"],
             },
         }
     )

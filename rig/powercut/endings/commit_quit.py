@@ -28,7 +28,8 @@ def end(running: Running) -> None:
         format="qcow2",
     )
     go_on(running)
-    machine.ask("block-commit", job_id="job", device="overlay", speed=SPEED)
+    # Without a base it would go down to the last image of the chain, which is not ours to write to.
+    machine.ask("block-commit", job_id="job", device="overlay", base_node="disk0", speed=SPEED)
     go_on(running)
     machine.ask("quit")
     machine.wait_end()

@@ -34,7 +34,9 @@ def text(outcome: Any) -> str:
         lines.append(f"  explored  {recordings}, together {together} crash states in {outcome.checks:,} checks")
     images = "a new image each" if plan.fresh or outcome.checks else "images used again"
     disks = f"{count(plan.disks, plan.device + ' disk')} of {scenario.size}"
-    lines.append(f"  guests    {plan.start}, {disks}, cache {plan.cache}, {images}")
+    if plan.disk is not None:
+        disks = f"an overlay on {plan.disk} as {plan.device} disk"
+    lines.append(f"  guests    {'boot' if plan.disk else plan.start}, {disks}, cache {plan.cache}, {images}")
     lines.append(f"  machine   QEMU {outcome.qemu}, {_accelerator(outcome)}, kernel {outcome.kernel}")
     reasons = Counter(failure.cycled.unknown for failure in outcome.unknown)
     lines += [f"  unknown   {reason} ({count(number, 'loop')})" for reason, number in reasons.most_common(_SHOWN)]
