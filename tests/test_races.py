@@ -7,21 +7,25 @@ import shutil
 import threading
 import time
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from powercut.capture.holding import Gate
 from powercut.cli import main
 from powercut.guest.control import Driver
-from powercut.inflight import Plan, Rig
+from powercut.guest.daemon import version
+from powercut.inflight import Case, Plan, Rig, parse
+from powercut.races import Search, Tally
 from powercut.trace import SECTOR
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="QEMU's tools are not installed")
 
 
-def raced(tmp_path, *arguments: str):
+def raced(tmp_path, *arguments: str, format: str = "raw"):
     out = tmp_path / "races.json"
-    command = ["races", "raw", "--length", "2", "--json", str(out), "--save", str(tmp_path / "found"), *arguments]
+    command = ["races", format, "--with", "", "--random", "0", "--json", str(out), "--save", str(tmp_path / "found")]
+    command += arguments
     result = CliRunner().invoke(main, command)
     return result.exit_code, json.loads(out.read_text()), result.output
 
@@ -35,7 +39,7 @@ def test_raw_holds(tmp_path, figure):
 @pytest.mark.parametrize(("lie", "length"), [("drop", 2), ("misplace", 2), ("stale", 3)])
 def test_a_server_that_spoils_what_it_held_is_found(tmp_path, lie, length, planted):
     """A stale read needs an operation past it to be held at all, so histories of three."""
-    code, document, said = raced(tmp_path, "--lie", lie, "--length", str(length))
+    code, document, said = raced(tmp_path, "--lie", lie, "--length", str(length), "--start", "written")
     planted(f"held requests: {lie}", code == 1)
     assert (code, document["verdict"]) == (1, "BROKEN"), said
 
@@ -62,3 +66,61 @@ def test_a_read_that_gets_into_stock_late_is_answered(monkeypatch):
         rig._gate.keep_no_reads()
         driver.drain()
         rig._daemon().shut(guest)
+
+
+def seen(plan, start, history):
+    """The first case of a history, with one request held, that goes wrong; shrunk, and as it would be saved."""
+    with Rig(plan) as rig:
+        search, tally = Search(rig), Tally()
+        search.exhaust(Case(start, tuple(map(parse, history))), tally)
+    return tally.findings
+
+
+stock = pytest.mark.skipif(not version().startswith("7.2"), reason="what is known of QEMU 7.2")
+
+
+@stock
+@pytest.mark.parametrize(
+    ("overlap", "history", "kind"),
+    [
+        (False, ["read 64k 192k", "discard 64k 64k", "write 192k 64k"], "read-foreign"),
+        (False, ["read 64k 192k", "discard 64k 64k", "write 64k 64k"], None),
+        (True, ["write 64k 64k", "discard 64k 64k", "write 192k 64k"], "disk-foreign"),
+        (True, ["zero 64k 64k", "write 64k 32k", "zero 64k 64k unmap"], "structure-refcount"),
+        (False, ["zero 64k 64k", "write 64k 32k", "zero 64k 64k unmap"], None),
+    ],
+)
+def test_what_stock_qemu_does(tmp_path, overlap, history, kind):
+    """docs/races.md tells of these; a control that differs in the place, or waits for what overlaps, holds."""
+    found = seen(Plan("qcow2", extra=("zero", "discard"), starts=("warm",), overlap=overlap), "warm", history)
+    assert {bundle.kind for bundle in found} == ({kind} if kind else set()), found
+    for bundle in found:
+        assert bundle.seen
+        saved = tmp_path / "one.race.json"
+        saved.write_bytes(msgspec.json.encode(bundle))
+        image = tmp_path / "left.qcow2"
+        again = CliRunner().invoke(main, ["races", "--replay", str(saved), "--out", str(image), "--tries", "5"])
+        assert again.exit_code == 1, again.output
+        assert image.stat().st_size
+        if kind == "structure-refcount":
+            assert "qemu-img check: ERROR cluster 5 refcount=0 reference=1" in again.output
+
+
+@pytest.mark.parametrize("history", [["snapshot create x", "write 64k 64k"], ["snapshot delete s", "read 64k 64k"]])
+def test_snapshots_hold_what_the_disk_held(history, planted, monkeypatch):
+    """Every request of a snapshot is held until the guest's next operation was issued; and, as a control, dropped."""
+    monkeypatch.setattr(Search, "shrink", lambda search, case, kind: case)
+    for lie in (None, "drop"):
+        found = seen(Plan("qcow2", extra=("snapshot",), starts=("snapshot",), lie=lie), "snapshot", history)
+        if lie:
+            planted(f"dropped requests of {history[0]}", bool(found))
+        assert bool(found) == bool(lie), found
+
+
+def test_a_request_that_is_held_while_another_is_waited_for_is_no_hang():
+    """Each request is held when it comes, and the second comes while the guest waits for the first."""
+    history = tuple(map(parse, ("write 64k 64k", "write 64k 64k", "write 192k 64k")))
+    with Rig(Plan("qcow2", starts=("fresh",))) as rig:
+        ran = rig.run(Case("fresh", history), lambda label: 9)
+    assert not ran.faults
+    assert sum(at.label.operation == 1 for at in ran.arrivals) > 1

@@ -27,6 +27,7 @@ from powercut.errors import EnvironmentFault, InputError
 from powercut.formats.qcow2.check import check
 from powercut.guest.control import COMMANDS, SNAPSHOT, Control, Driver, Guest, Hang, Issued, Operation
 from powercut.guest.daemon import create_image, tool
+from powercut.guest.tools import opinion
 from powercut.oracles.overlapping import Fault, Judge
 from powercut.scenario import parse_size
 from powercut.stamp import SECTOR, ZERO
@@ -89,6 +90,10 @@ class Case(NamedTuple):
     start: str
     history: tuple[Operation, ...]
     holds: tuple[tuple[Label, int], ...] = ()
+
+    def letting_go(self, hold: int) -> Case:
+        """The case without one of its holds, counted from 1."""
+        return self._replace(holds=self.holds[: hold - 1] + self.holds[hold:])
 
     def without(self, operation: int) -> Case:
         """The case without one of its operations, and without what was held of its requests."""
@@ -276,11 +281,9 @@ class Rig:
             self._gate.arm(choose or dict(case.holds).get)
             self._issue(case, driver, ran, None if choose else len(case.holds))
             self._finish(case, driver, guest, ran)
-        except Hang as hang:
-            ran.faults.append(Fault("hang", str(hang)))
-            self._lost()
-        except EnvironmentFault as fault:
-            ran.faults.append(Fault("lost", str(fault)))
+        except (Hang, EnvironmentFault) as lost:
+            ran.faults.append(Fault("hang" if isinstance(lost, Hang) else "lost", str(lost)))
+            ran.arrivals = self._gate.arrivals
             self._lost()
         return ran
 
@@ -295,7 +298,6 @@ class Rig:
             if self._waits(driver, operation):
                 held = [at.label.operation for at in gate.arrivals if at.until is not None]
                 ran.pointless = len(held) == wanted and set(held) == {number - 1}
-                gate.release()
                 while self._waits(driver, operation):
                     driver.wait()
                 if ran.pointless:
@@ -319,7 +321,9 @@ class Rig:
 
     def _waits(self, driver: Driver, operation: Operation) -> bool:
         """Whether the operation is not issued while something is in flight."""
-        return (operation.kind in SNAPSHOT or not self.plan.overlap) and driver.conflicts(operation)
+        if self.plan.overlap and operation.kind not in SNAPSHOT:
+            return driver.full(operation)
+        return driver.conflicts(operation)
 
     def _finish(self, case: Case, driver: Driver, guest: Any, ran: Ran) -> None:
         """Close in an orderly way and judge."""
@@ -376,6 +380,18 @@ class Rig:
         if done.returncode:
             raise EnvironmentFault(f"qemu-img convert -l {name}: {done.stderr.strip()}")
         return out.read_bytes()
+
+    @property
+    def image(self) -> bytes:
+        """The image as the last case left it."""
+        return bytes(self._image.data)
+
+    def opinion(self, fault: Fault) -> list[str]:
+        """What QEMU's own tools say of the image as the last case, in which `fault` was found, left it."""
+        path = self._scratch / "closed"
+        path.write_bytes(self._image.data)
+        shown = fault.kind.startswith(("disk-", "reopened-"))
+        return opinion(path, self.plan.format, fault.sector if shown else -1)
 
     def _check(self, data: bytes) -> Fault | None:
         if self.plan.format != "qcow2":

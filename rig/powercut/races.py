@@ -31,6 +31,7 @@ from powercut.verdict import Verdict
 _TRIES = 3  # how often a smaller case, or one that missed its hold, is run
 _REPEATS = 5  # how often a finding is run again to confirm it
 _CHUNK = 16  # histories, or random cases, that a process is given at once
+_SHRINK = 60.0  # seconds for making a finding smaller
 _LONG = 40  # operations in a random history
 _MANY = 3  # findings that are kept of each kind
 _KNOWN = 400  # kinds of faulty histories that a process shrinks; more are counted only
@@ -155,29 +156,35 @@ class Search:
         return any(fault.kind == kind for _ in range(_TRIES) for fault in self.rig.run(case).faults)
 
     def shrink(self, case: Case, kind: str) -> Case:
-        """Leave out operations and holds, as many as possible, while the fault stays."""
-        size = max(1, len(case.history) // 2)
+        """Leave out holds and operations, as many as possible in time, while the fault stays."""
+        until = time.monotonic() + _SHRINK
         while True:
             before = case
-            for last in range(len(case.history), 0, -size):
-                smaller = case
-                for number in range(last, max(0, last - size), -1):
-                    smaller = smaller.without(number)
-                if smaller.history and possible(smaller) and self._fails(smaller, kind):
-                    case = smaller
-            for hold in case.holds if len(case.holds) > 1 or size == 1 else ():
-                fewer = case._replace(holds=tuple(other for other in case.holds if other != hold))
-                if self._fails(fewer, kind):
-                    case = fewer
-            if size == 1 and case == before:
+            for parts, without in (("holds", Case.letting_go), ("history", Case.without)):
+                size = max(1, len(getattr(case, parts)) // 2)
+                while size:
+                    for last in range(len(getattr(case, parts)), 0, -size):
+                        smaller = case
+                        for number in range(last, max(0, last - size), -1):
+                            smaller = without(smaller, number)
+                        if time.monotonic() > until:
+                            return case
+                        if smaller.history and possible(smaller) and self._fails(smaller, kind):
+                            case = smaller
+                    size //= 2
+            if case == before:
                 return case
-            size = max(1, size // 2)
 
     def _found(self, case: Case, kind: str) -> Bundle:
         case = self.shrink(case, kind)
-        runs = [self.rig.run(case) for _ in range(_REPEATS)]
-        bad = [ran for ran in runs if any(fault.kind == kind for fault in ran.faults)]
-        plan, what = self.rig.plan, (bad or runs)[0]
+        plan, what, seen, tools = self.rig.plan, Ran(), 0, list[str]()
+        for _ in range(_REPEATS):
+            ran = self.rig.run(case)
+            mine = [fault for fault in ran.faults if fault.kind == kind]
+            if mine or not seen:
+                what = ran
+            if mine:
+                seen, tools = seen + 1, self.rig.opinion(mine[0])
         words = {at.label: at.what for at in what.arrivals}
         return Bundle(
             powercut=__version__,
@@ -189,9 +196,11 @@ class Search:
             holds=[Hold(*label, until, words.get(label, "")) for label, until in case.holds],
             kind=kind,
             faults=[fault.text for fault in what.faults],
-            seen=len(bad),
+            seen=seen,
             of=_REPEATS,
             lie=plan.lie,
+            overlap=plan.overlap,
+            tools=tools,
             requests=[f"{at.label.operation}.{at.label.request} {at.what}" for at in what.arrivals],
         )
 
@@ -290,6 +299,7 @@ def _conclude(plan: Plan, tally: Tally, of: int, samples: int, seconds: float) -
         "random": samples,
         "seed": plan.seed,
         "lie": plan.lie,
+        "overlap": plan.overlap,
     }
     return Outcome(verdict, described, version(), coverage, dict(tally.seen), findings, reasons, seconds)
 
@@ -314,14 +324,36 @@ def checked(plan: Plan) -> Plan:
     )  # fmt: skip
 
 
-def replay(path: Path, tries: int) -> tuple[Bundle, int]:
-    """Run the case of a bundle `tries` times: in how many of them its fault was seen again. Raises InputError."""
+def replay(path: Path, tries: int, out: Path | None = None) -> tuple[Bundle, int, list[str]]:
+    """Run the case of a bundle `tries` times: in how many of them its fault was seen again, and what QEMU's own tools
+    say of the image then; that is written to `out`. Raises InputError."""
     bundle = load(path)
-    plan = checked(Plan(bundle.format, tuple(bundle.options.items()), lie=bundle.lie, starts=(bundle.start,)))
+    plan = checked(
+        Plan(
+            bundle.format,
+            tuple(bundle.options.items()),
+            lie=bundle.lie,
+            starts=(bundle.start,),
+            overlap=bundle.overlap,
+        )
+    )
     holds = tuple((Label(hold.operation, hold.request), hold.until) for hold in bundle.holds)
     case = Case(bundle.start, tuple(map(parse, bundle.history)), holds)
     for operation in case.history:
         if (operation.offset | operation.length) % 512 or operation.offset + operation.length > plan.size:
             raise InputError(f"{path}: {operation}: not a range of whole sectors within {plan.size} bytes")
+    if not possible(case):
+        raise InputError(f"{path}: the history makes or deletes a snapshot that cannot be made or deleted there")
+    seen, tools = 0, []
     with Rig(plan) as rig:
-        return bundle, sum(any(fault.kind == bundle.kind for fault in rig.run(case).faults) for _ in range(tries))
+        for _ in range(tries):
+            again = [fault for fault in rig.run(case).faults if fault.kind == bundle.kind]
+            if again:
+                seen += 1
+                tools, image = rig.opinion(again[0]), rig.image
+        if out is not None and seen:
+            try:
+                out.write_bytes(image)
+            except OSError as error:
+                raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+    return bundle, seen, tools

@@ -12,17 +12,31 @@ from powercut.commands import JSON, SAVE, named_values
 
 @click.command()
 @click.argument("format", required=False)
-@click.option("--length", default=3, show_default=True, type=click.IntRange(0, 6), help="Operations in a history.")
+@click.option("--length", default=2, show_default=True, type=click.IntRange(0, 6), help="Operations in a history.")
 @click.option("--holds", default=1, show_default=True, type=click.IntRange(0, 3), help="Requests held at once.")
-@click.option("--random", "samples", default=0, type=click.IntRange(0), help="So many long random cases besides.")
+@click.option(
+    "--random",
+    "samples",
+    default=60,
+    show_default=True,
+    type=click.IntRange(0),
+    help="So many long random cases besides.",
+)
 @click.option("--seed", default=7, show_default=True, help="What random cases are drawn from.")
-@click.option("--with", "extra", default="", metavar="KINDS", help="Also: zero, discard (with a comma between).")
+@click.option(
+    "--with",
+    "extra",
+    metavar="KINDS",
+    help="Besides writes, reads and flushes: zero, discard, snapshot, with a comma between.  [default: all]",
+)
+@click.option("--overlap", is_flag=True, help="The guest may change sectors that it is changing already.")
 @click.option("--start", "starts", default="", metavar="STARTS", help="Only from these starts.  [default: all]")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--lie", type=click.Choice(["drop", "misplace", "stale"]), help="Spoil what was held (a control).")
 @click.option("--time", "limit", type=click.FloatRange(0), help="Seconds after which nothing new is begun.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes to use.")
 @click.option("--replay", "bundle", type=click.Path(path_type=Path), metavar="FILE", help="Run a finding again.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="IMAGE", help="With --replay: the image it leaves.")
 @click.option("--tries", default=5, show_default=True, type=click.IntRange(1), help="How often, with --replay.")
 @SAVE
 @JSON
@@ -32,13 +46,15 @@ def races(
     holds: int,
     samples: int,
     seed: int,
-    extra: str,
+    extra: str | None,
+    overlap: bool,
     starts: str,
     options: tuple[str, ...],
     lie: str | None,
     limit: float | None,
     jobs: int,
     bundle: Path | None,
+    out: Path | None,
     tries: int,
     save: Path | None,
     json_path: str | None,
@@ -48,26 +64,27 @@ def races(
     With --replay: exits 1 if the fault happens again, else 3.
     """
     from powercut import races as racing
-    from powercut.inflight import Plan
+    from powercut.inflight import KINDS, Plan
     from powercut.report import document
     from powercut.report import races as report
     from powercut.report.text import progress
 
     if bundle is not None:
-        found, seen = racing.replay(bundle, tries)
+        found, seen, tools = racing.replay(bundle, tries, out)
         if json_path != "-":
-            click.echo(report.replayed(found, bundle, seen, tries))
+            click.echo(report.replayed(found, bundle, seen, tries, tools))
         again = {"schema": "powercut.races-replay/1", "file": str(bundle), "kind": found.kind}
-        document.write(again | {"seen": seen, "of": tries}, json_path)
+        document.write(again | {"seen": seen, "of": tries, "tools": tools}, json_path)
         sys.exit(1 if seen else 3)
-    if format is None:
-        raise click.UsageError("give a FORMAT, or --replay FILE")
+    if format is None or out is not None:
+        raise click.UsageError("give a FORMAT, or --replay FILE and then perhaps --out IMAGE")
 
     def words(text: str) -> tuple[str, ...]:
         return tuple(word for word in text.split(",") if word)
 
     pairs = tuple(named_values(options).items())
-    plan = Plan(format, pairs, words(extra), words(starts), length, holds, seed, lie)
+    kinds = KINDS.get(format, ()) if extra is None else words(extra)
+    plan = Plan(format, pairs, kinds, words(starts), length, holds, seed, lie, overlap)
     with progress("racing") as show_progress:
         result = racing.run(plan, samples=samples, jobs=jobs, limit=limit, progress=show_progress)
     saved = report.save(result, save or Path("powercut-races"))

@@ -27,6 +27,7 @@ _HANG = 10.0  # seconds without any answer while nothing is held
 _STEP = 0.0003  # how long a guest looks for an answer before it asks whether anything moves
 _ROUNDS = 3  # times the daemon must have gone around its loop with nothing moving
 _STOCK = 6  # reads in flight that a server may keep
+_ROOM = 128 << 10  # bytes of writes that fit into a socket which nobody reads
 _STILL = 0.004  # seconds without a move, where a command in progress keeps the daemon from answering another
 _BUSY = ("is in use", "Permission conflict")  # while a connection that was closed is not gone yet
 SNAPSHOT: Final = {  # what a host does to the disk while its guest goes on
@@ -246,6 +247,8 @@ class Held(Protocol):
     @property
     def holding(self) -> int: ...
 
+    def release(self) -> None: ...
+
     def nudge(self) -> None: ...
 
 
@@ -265,7 +268,13 @@ class Driver:
         self._managed: Issued | None = None  # what the host began and the daemon has not done
 
     def conflicts(self, operation: Operation) -> bool:
-        return any(operation.waits_for(other.operation) for other in self.pending.values())
+        """Whether the guest waits with this until something is answered."""
+        return self.full(operation) or any(operation.waits_for(other.operation) for other in self.pending.values())
+
+    def full(self, operation: Operation) -> bool:
+        """Whether there is no room for this: until a snapshot is done, the daemon reads nothing from its guest."""
+        asked = [operation, *(other.operation for other in self.pending.values())]
+        return self._managed is not None and sum(o.length for o in asked if o.kind == "write") > _ROOM
 
     def issue(self, operation: Operation) -> None:
         """Issue an operation; a write bears stamps of its number."""
@@ -307,9 +316,10 @@ class Driver:
         return True
 
     def wait(self) -> None:
-        """Wait for one answer."""
+        """Wait for one answer. What the server holds, now or while this waits, it lets go: it may be waited for."""
         deadline = time.monotonic() + _HANG
         while not self._take():
+            self._server.release()
             self._server.nudge()
             self._late(deadline)
 

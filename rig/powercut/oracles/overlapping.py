@@ -41,10 +41,11 @@ class Entry(Protocol):
 
 
 class Fault(NamedTuple):
-    """What was wrong. `kind` is a word for the machine, `text` a sentence."""
+    """What was wrong. `kind` is a word for the machine, `text` a sentence, `sector` the guest's, if it is one."""
 
     kind: str
     text: str
+    sector: int = -1
 
 
 class Judge:
@@ -90,7 +91,7 @@ class Judge:
         found = self._word(wrong.op) + (f" for sector {wrong.of}" if wrong.kind == "foreign" else "")
         wanted = " or ".join(sorted(map(self._word, wrong.legal)))
         text = f"{where}: guest sector {wrong.sector} holds {found}; legal: {wanted}"
-        return Fault(f"{where.split()[0]}-{wrong.kind}", text)
+        return Fault(f"{where.split()[0]}-{wrong.kind}", text, wrong.sector)
 
     def _word(self, op: int) -> str:
         words = {ZERO: "zeros", GARBAGE: "garbage", 0: "what was there before"}

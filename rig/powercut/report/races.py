@@ -27,7 +27,7 @@ class Hold(msgspec.Struct, forbid_unknown_fields=True):
 
 class Bundle(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One case that went wrong, and how. `seen`: in how many of `of` runs. `requests`: all host requests, in the
-    order in which they came, as OPERATION.REQUEST and words."""
+    order in which they came, as OPERATION.REQUEST and words. `tools`: what QEMU's own say of the image it left."""
 
     schema: str = SCHEMA
     powercut: str
@@ -42,7 +42,9 @@ class Bundle(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     seen: int
     of: int
     lie: str | None = None
+    overlap: bool = False
     requests: list[str] = []
+    tools: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +137,13 @@ def text(outcome: Outcome, paths: list[Path]) -> str:
     lines += [f"  fault    {kind}: in {count(number, 'case')}" for kind, number in sorted(outcome.seen.items())]
     for bundle, path in zip(outcome.findings, paths, strict=True):
         lines += ["", f"  {bundle.kind}, start {bundle.start}, seen in {bundle.seen} of {bundle.of} runs:"]
-        lines += [*_story(bundle), *(f"    {fault}" for fault in bundle.faults)]
+        lines += [*_story(bundle), *(f"    {fault}" for fault in [*bundle.faults, *bundle.tools])]
         lines.append(f"    powercut races --replay {path}")
     return "\n".join(lines)
 
 
-def replayed(bundle: Bundle, path: Path, seen: int, tries: int) -> str:
-    """What running a bundle again showed."""
+def replayed(bundle: Bundle, path: Path, seen: int, tries: int, tools: list[str]) -> str:
+    """What running a bundle again showed; `tools`: what QEMU's own say of the image it left."""
     again = "happens again" if seen else "does not happen again"
-    return "\n".join([f"{path}: {bundle.kind} {again}: in {seen} of {tries} runs", *_story(bundle)])
+    lines = [f"{path}: {bundle.kind} {again}: in {seen} of {tries} runs", *_story(bundle)]
+    return "\n".join([*lines, *(f"    {line}" for line in tools)])
