@@ -51,3 +51,10 @@ def test_an_unknown_defect_is_one_sentence_and_exit_code_2() -> None:
     result = CliRunner().invoke(main, ["defects", "gremlins"])
     assert result.exit_code == 2
     assert "'gremlins' is not one of the defects" in result.output
+
+
+def test_the_page_has_a_row_for_each() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "defects.md").read_text()
+    for defect in CATALOGUE:
+        assert f"| `{defect.name}` | {defect.when or '-'}" in page
+        assert f"| {defect.happened} | {defect.shows} |" in page
