@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 from typing import Final
 
@@ -52,6 +54,8 @@ def examine(image: Image, before: Bytes | None, ending: Ending, ledger: Ledger |
         try:
             held = image.held()
         except EnvironmentFault as fault:
+            if os.strerror(errno.ENOSPC) in str(fault):
+                raise
             return [*problems, Problem("opens", "refused", 0, Severity.UNOPENABLE, str(fault))]
         problems += ledger.judge(held, ending.keeps)
         ledger.settle(held)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from powercut.scenario import Scenario, parse_size
 from powercut.trace import SECTOR
 from powercut.verdict import Problem, Severity
 
+_FULL = 16 << 20  # bytes free: below, what fails is taken for the want of them
 LONGEST = 64 << 10  # bytes of a guest's request in a loop: emulated guests are slow, and a loop is to be short
 
 
@@ -101,6 +103,8 @@ class Lane:
         except Unanswered as error:
             cycled.unknown = str(error)
         cycled.seconds = time.monotonic() - begin
+        if cycled.problems and shutil.disk_usage(self.folder).free < _FULL:
+            raise EnvironmentFault(f"{self.folder}: the disk is full: {cycled.problems[0].text}")
         if cycled.problems or cycled.unknown:
             self._ledgers = []  # the next loop begins with new images
         return cycled
@@ -153,8 +157,8 @@ class Lane:
         try:
             writing.run(moment)
             for number, error in writing.errors[:1]:
-                if error == errno.ENOSPC:
-                    raise EnvironmentFault(f"{self.folder}: no space left for the guest's disk")
+                if error == errno.ENOSPC or machine.happened("BLOCK_IO_ERROR", nospace=True):
+                    raise EnvironmentFault(f"{self.folder}: the disk is full")
                 text = f"operation {number} of the guest failed with errno {error}"
                 cycled.problems.append(Problem("requests", "failed", number, Severity.CORRUPT, text))
             self.ending.end(running)

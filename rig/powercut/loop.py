@@ -31,7 +31,8 @@ from powercut.guest.hardware import Hardware
 from powercut.guest.kernel import kernel
 from powercut.guest.machine import kill_all
 from powercut.guest.scratch import scratch
-from powercut.scenario import Scenario
+from powercut.scenario import Scenario, parse_size
+from powercut.trace import SECTOR
 from powercut.verdict import Severity
 
 SCHEMA, KEPT = "powercut.loop/1", "powercut.loop-kept/1"
@@ -122,7 +123,12 @@ class Loops:
         assert scenario.loop is not None
         self._ending = endings.find(scenario.loop.ending)
         version, guest = qemu_version(qemu), kernel()
-        chosen = Accelerator(accelerator) if accelerator else choose(qemu, guest)
+        size = parse_size(scenario.size)
+        if size == 0 or size % SECTOR:
+            raise InputError(f"size {scenario.size!r} is not a positive multiple of {SECTOR} bytes")
+        chosen = Accelerator("tcg") if accelerator == "tcg" else choose(qemu, guest)
+        if accelerator == "kvm" and chosen.name != "kvm":
+            raise EnvironmentFault(f"no guest runs under kvm here: {chosen.why}")
         self._scenario, plan = scenario, scenario.loop
         own = guest if plan.disk is None else None
         self._hardware = Hardware(chosen.name, own, qemu, plan.cpu, plan.memory)

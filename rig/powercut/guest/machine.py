@@ -188,18 +188,19 @@ class Machine:
     def wait_event(self, name: str, patience: float = PATIENCE, **data: object) -> dict[str, Any]:
         """The first event of that name, since the start, whose data hold `data`. Raises Unanswered."""
 
-        def found() -> dict[str, Any] | None:
-            for event in self._events:
-                if event["event"] == name and data.items() <= event.get("data", {}).items():
-                    return event
-            return None
-
         with self._news:
-            if not self._news.wait_for(lambda: found() is not None, patience):
+            if not self._news.wait_for(lambda: self.happened(name, **data) is not None, patience):
                 raise Unanswered(f"no event {name} of QEMU for {patience:g} s")
-            event = found()
+            event = self.happened(name, **data)
         assert event is not None
         return event
+
+    def happened(self, name: str, **data: object) -> dict[str, Any] | None:
+        """The first event of that name, since the start, whose data hold `data`, if there was one."""
+        for event in self._events:
+            if event["event"] == name and data.items() <= event.get("data", {}).items():
+                return event
+        return None
 
     def wait_end(self, patience: float = PATIENCE) -> int:
         """Wait until the process has ended by itself. Returns its exit status.
