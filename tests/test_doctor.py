@@ -103,4 +103,6 @@ def test_control_a_directory_too_deep_for_a_socket(tmp_path: Path, monkeypatch: 
 
 
 def test_kvm_is_never_called_ok_before_a_guest_ran() -> None:
-    assert by_name()["kvm"].state is not State.OK
+    """A guest that hangs is as good as none: its answer is what counts, and it is kept."""
+    finding = by_name()["kvm"]
+    assert (finding.state is State.OK) == (finding.detail == "a probe guest booted under it")

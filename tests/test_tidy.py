@@ -18,9 +18,9 @@ SOURCE_ROOTS = {"powercut": ROOT / "rig", "quire": ROOT / "format"}
 # From the ground up. A part imports what lies on lower floors, and itself; on the ground also its neighbours.
 FLOORS = [
     {"errors", "verdict", "disk", "trace", "stamp", "compiled"},
-    {"capture", "crash", "oracles", "guest", "scenario", "report", "doctor", "stats"},
+    {"capture", "crash", "oracles", "guest", "scenario", "report", "stats"},
     {"stores"},
-    {"formats", "endings", "faults"},
+    {"doctor", "formats", "endings", "faults"},
     {"aftermath", "external", "mount"},
     {"session", "calls"},
     {"outside"},

@@ -1,6 +1,7 @@
 """What this machine has for Powercut: each thing found, limited or missing, what needs it, and how to mend it.
 
-`examine` only looks: it installs nothing, leaves nothing behind, and prints nothing. A program counts as there
+`examine` only looks: it installs nothing, prints nothing, and leaves nothing behind but what a probe guest told of the
+accelerator, which the cache keeps. A program counts as there
 when it answered, not when a file of its name lies on the path; one that does not answer in time is `LIMITED`.
 """
 
@@ -21,6 +22,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from powercut import compiled
+from powercut.errors import EnvironmentFault
+from powercut.guest import accelerator, kernel
+
+QEMU = "qemu-system-x86_64"
 DEADLINE = 10.0  # seconds that a program may take to state its version
 LITTLE_SPACE = 2 << 30  # a gate keeps its traces and images below this
 LITTLE_MEMORY = 1 << 30
@@ -79,6 +85,7 @@ def examine() -> list[Finding]:
         *(_package(name) for name in PACKAGES),
         *(_program(name) for name in PROGRAMS),
         *(_driver(name) for name in DRIVERS),
+        _kernel(),
         _kvm(),
         _scratch(),
         _unix_socket(),
@@ -157,15 +164,27 @@ def _driver(name: str) -> Finding:
     return Finding(title, State.LIMITED, f"unexpected answer: {output.partition(chr(10))[0]!r}", needed_for, mend)
 
 
+def _kernel() -> Finding:
+    """Whether the guests' kernel is in the cache: nothing is downloaded here."""
+    home, needed_for = kernel.kept(), "real guests"
+    if home is None:
+        return Finding("guest kernel", State.MISSING, f"none in {compiled.cache()}", needed_for, "make setup")
+    return Finding("guest kernel", State.OK, home.name.removeprefix("kernel-"), needed_for)
+
+
 def _kvm() -> Finding:
-    device, needed_for = "/dev/kvm", "guests at full speed; without it they are emulated"
-    if not os.path.exists(device):
-        return Finding("kvm", State.MISSING, f"no {device}", needed_for, "a machine with virtualization turned on")
-    if not os.access(device, os.R_OK | os.W_OK):
-        mend = "become a member of the group that owns it"
-        return Finding("kvm", State.LIMITED, f"{device} is there, this user may not open it", needed_for, mend)
-    # It may open and still hang every guest: only a guest that booted under it is a proof.
-    return Finding("kvm", State.LIMITED, f"{device} is there, not probed yet", needed_for, "a guest will tell")
+    """The device may open and still hang every guest: only a guest that booted under it is a proof."""
+    needed_for = "guests at full speed; without it they are emulated"
+    found = accelerator.known(QEMU)
+    if found is None and kernel.kept() is not None and shutil.which(QEMU):
+        with contextlib.suppress(EnvironmentFault):
+            found = accelerator.choose(QEMU, kernel.kernel())
+    if found is None:
+        return Finding("kvm", State.LIMITED, f"{accelerator.DEVICE} is there, not probed yet", needed_for, "make setup")
+    if found.name == "kvm":
+        return Finding("kvm", State.OK, "a probe guest booted under it", needed_for)
+    state = State.LIMITED if os.path.exists(accelerator.DEVICE) else State.MISSING
+    return Finding("kvm", state, found.why, needed_for, "a machine with virtualization turned on, and rights to use it")
 
 
 def _scratch() -> Finding:

@@ -42,9 +42,7 @@ class Kernel(NamedTuple):
 
 def kernel() -> Kernel:
     """The guest's kernel and initramfs, made if they are not there. Raises EnvironmentFault."""
-    folder = compiled.cache() / "guest"
-    kept = sorted(folder.glob("kernel-*/vmlinuz"), key=lambda path: path.stat().st_mtime)
-    home = kept[-1].parent if kept else _fetch(folder)
+    home = kept() or _fetch(compiled.cache() / "guest")
     agent = compiled.build("agent", "", [Path(__file__).parent / "agent.c"], AGENT_FLAGS)
     modules = sorted((home / "modules").glob("*.ko"))
     digest = hashlib.sha256(agent.name.encode() + b"".join(module.name.encode() for module in modules))
@@ -55,6 +53,12 @@ def kernel() -> Kernel:
             _write_cpio(out, agent, modules)
         partial.replace(initramfs)
     return Kernel(home.name.removeprefix("kernel-"), home / "vmlinuz", initramfs)
+
+
+def kept() -> Path | None:
+    """The folder of the newest kernel in the cache, if there is one."""
+    found = list((compiled.cache() / "guest").glob("kernel-*/vmlinuz"))
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
 
 def _run(command: list[str], where: str | None = None) -> str:
