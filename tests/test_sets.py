@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from tests.test_mount import usable
 
 from powercut.cli import main
-from powercut.crash.fileset import Options
+from powercut.crash.options import Options
 from powercut.promised import Promised
 from powercut.sets import SetPlan, explore_set
 from powercut.trace import Trace

@@ -14,6 +14,7 @@ from typing import Any
 
 from powercut import __version__, formats, run
 from powercut.capture.nbd import RecordingExport
+from powercut.crash.options import atom_of
 from powercut.cycle import Cycled, Lane, copy
 from powercut.disk import Bytes
 from powercut.endings import Running
@@ -107,7 +108,7 @@ class CutLane(Lane):
     def _look(self, cycled: Cycled, running: Running, firsts: list[Bytes]) -> None:
         explore = self.scenario.explore
         for number, image in enumerate(self.images):
-            plan = Plan(str(self._trace(number)), image.format, explore.atom, explore.rules)
+            plan = Plan(str(self._trace(number)), image.format, atom_of(str(explore.atom))[0], explore.rules)
             outcome = run.explore_trace(plan, budget=explore.budget, jobs=1)
             self._outcomes.append(outcome)
             cycled.states += outcome.coverage.log2_states

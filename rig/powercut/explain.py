@@ -27,6 +27,8 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
         return any(p.rule == found.problem.rule and p.kind == found.problem.kind for p in session.problems(_MOST))
 
     name = namer(session)
+    if plan.options.narrow or plan.options.torn != "old-or-new":  # lost atoms are not for the choosing
+        return from_found(found, trace, plan, seen, name)
     if plan.checker or found.fault:  # every try would be a run of the program; or what came first is the medium's fault
         return from_found(found, trace, plan, seen, name)
     atoms, _ = newest(image)

@@ -29,9 +29,10 @@ from powercut.crash.disk import CrashDisk
 from powercut.crash.explore import Report, Unjudged
 from powercut.crash.memory import Memory, Steps
 from powercut.crash.model import epochs
+from powercut.crash.options import DEFAULT, Options
 from powercut.crash.recovery import Overlay, RecoveredDisk
 from powercut.errors import EnvironmentFault, InputError
-from powercut.trace import Trace, TraceWriter
+from powercut.trace import SECTOR, Trace, TraceWriter
 from powercut.verdict import Problem, Severity
 from quire.nbd import Server
 from quire.nbd_protocol import Data
@@ -89,7 +90,7 @@ class External:
     what it was given before, it need not run again. Raises InputError for no command, EnvironmentFault for a missing
     one."""
 
-    def __init__(self, command: str, depth: int, own: JudgeDisk | None = None) -> None:
+    def __init__(self, command: str, depth: int, own: JudgeDisk | None = None, options: Options = DEFAULT) -> None:
         try:
             self._words = shlex.split(command)
         except ValueError as error:
@@ -102,6 +103,7 @@ class External:
             self._words.append("{}")
         self._depth = depth
         self._own = own
+        self._options = replace(options, atom=SECTOR, lying=0)
         self._memory: Memory[_Run] = Memory()
         self.runs = 0
         kind = (Path(self._words[0]).name, self._words[1])
@@ -166,7 +168,7 @@ class External:
             return
         if done.written is None:
             return
-        written = Contents(done.written, done.written.files[0])
+        written = Contents(done.written, done.written.files[0], options=self._options)
         level = self._depth - depth + 1
         if depth > 0:
             for position in epochs(done.written, 0):

@@ -14,6 +14,7 @@ import click
 
 from powercut import endings, formats, modelloop, operations, record, run, sweep
 from powercut import loop as looping
+from powercut.crash.options import atom_of
 from powercut.errors import EnvironmentFault, InputError, PowercutError
 from powercut.guest.daemon import version
 from powercut.report import errors as errors_report
@@ -208,15 +209,19 @@ def _modelled(scenario: Scenario) -> Result:
 def plan_of(scenario: Scenario, trace: Path) -> Plan:
     """How a scenario wants its trace explored."""
     explore = scenario.explore
+    atom, whole = atom_of(str(explore.atom))
     plan = Plan(
         str(trace),
         scenario.format,
-        explore.atom,
+        atom,
         explore.rules,
         checker=explore.checker,
         recovery_depth=explore.recovery_depth,
         lying=explore.lying_flushes,
         seed=explore.seed,
+        whole=whole,
+        order=explore.order,
+        torn=explore.torn,
     )
     return run.with_faults(plan, explore.media, explore.faults, explore.seed)
 

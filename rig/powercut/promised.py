@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from powercut.calls import Call
 from powercut.crash.contents import Choice
 from powercut.crash.explore import Unjudged
-from powercut.crash.fileset import Node, Options, of_contents
+from powercut.crash.fileset import Node, of_contents
+from powercut.crash.options import Options
 from powercut.crash.search import Search
 from powercut.crash.settled import beginning, end, on_disk, root_of, write_out
 from powercut.errors import EnvironmentFault

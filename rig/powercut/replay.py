@@ -44,7 +44,16 @@ def replay(path: str, out: str, trace_path: str | None = None) -> Replayed:
     finding = findings.load(path)
     trace = Trace(trace_path or finding.trace)
     trace.verify()
-    session = Session(Plan(trace.path, finding.format, finding.atom, lying=finding.lying), trace, finding.fault)
+    model = Plan(
+        trace.path,
+        finding.format,
+        finding.atom,
+        lying=finding.lying,
+        whole=finding.whole,
+        order=finding.survivors,
+        torn=finding.torn,
+    )
+    session = Session(model, trace, finding.fault)
     session.advance(finding.position)
     findings.apply(finding, session.image)
     findings.write_image(session.image, out, finding.patches)

@@ -42,11 +42,13 @@ class Recording(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
-    """How crash states are explored. `budget`: at most so many checks. `checker`: a command that judges, with crashes
-    inside what it writes `recovery_depth` deep. `lying_flushes`: so many of the last flushes did nothing. `media`:
-    kinds of media faults, `faults` of each, drawn with `seed`."""
+    """How crash states are explored. `atom`, `order`, `torn`: see `powercut.crash.options`. `budget`: at most so many
+    checks. `checker`: a command that judges, with crashes inside what it writes `recovery_depth` deep. `lying_flushes`:
+    so many of the last flushes did nothing. `media`: kinds of media faults, `faults` of each, drawn with `seed`."""
 
-    atom: Literal[512, 4096] = 512
+    atom: Literal[512, 4096, "write"] = 512
+    order: Literal["any", "issue"] = "any"
+    torn: Literal["old-or-new", "zeros", "garbage"] = "old-or-new"
     budget: Positive | None = None
     rules: tuple[Literal["opens", "structure", "acknowledged"], ...] = ("opens", "structure", "acknowledged")
     checker: str | None = None

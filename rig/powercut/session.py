@@ -12,6 +12,7 @@ from powercut.crash.disk import CrashDisk, Deciding
 from powercut.crash.explore import EpochResult, Found, Report, Task, Unjudged, explore
 from powercut.crash.finding import settled_at
 from powercut.crash.media import Damaged, Fault, Noticing
+from powercut.crash.options import Options
 from powercut.crash.promise import Promise
 from powercut.errors import InputError
 from powercut.external import External
@@ -28,7 +29,8 @@ class Plan:
     """What to explore and how. `rules` without "acknowledged" or "structure" leaves those out of scope. `checker` is
     a command that judges in place of the format's own checker, `recovery_depth` how many levels deep a crash inside
     what it writes is explored. `lying`: so many of the last flushes before each crash did nothing. `faults`: what the
-    medium does besides, one at a time. `seed`: what is drawn, is drawn with this."""
+    medium does besides, one at a time. `seed`: what is drawn, is drawn with this. `whole`, `order`, `torn`: see
+    `powercut.crash.options`."""
 
     trace: str
     format: str
@@ -40,6 +42,14 @@ class Plan:
     lying: int = 0
     faults: tuple[Fault, ...] = ()
     seed: int = 1
+    whole: bool = False
+    order: str = "any"
+    torn: str = "old-or-new"
+
+    @property
+    def options(self) -> Options:
+        """The choices of the fault model."""
+        return Options(self.atom, self.lying, whole=self.whole, order=self.order, torn=self.torn)
 
 
 class Session:
@@ -52,15 +62,18 @@ class Session:
         if image is None:
             raise InputError(f"{plan.trace}: has no image")
         self._fault = fault
-        self.image = Contents(self.trace, image, plan.atom, plan.lying)
+        self.image = Contents(self.trace, image, plan.atom, plan.lying, options=plan.options)
         if fault is not None:
             self.image = Damaged(self.trace, image, plan.atom, plan.lying, fault)
-        self.promise = Promise(self.trace, guest) if guest and "acknowledged" in plan.rules else None
+        judged = guest if "acknowledged" in plan.rules else None
+        self.promise = None if judged is None else Promise(self.trace, judged, plan.torn)
         base = Contents(self.trace, backing) if backing else None
         self.format = formats.find(plan.format)
         self._recording = Recording(self.image, base, self.promise, Tokens(self.trace))
         self._format = self.format(self._recording)
-        self._external = External(plan.checker, plan.recovery_depth, self._judge_alone) if plan.checker else None
+        self._external = None
+        if plan.checker:
+            self._external = External(plan.checker, plan.recovery_depth, self._judge_alone, plan.options)
 
     def advance(self, position: int) -> None:
         """Go on to a crash at `position`."""

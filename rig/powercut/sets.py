@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from powercut.crash.fileset import Options
 from powercut.crash.model import epochs
+from powercut.crash.options import Options
 from powercut.crash.setfinding import SetFinding, from_found
 from powercut.errors import InputError
 from powercut.external import External

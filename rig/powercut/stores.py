@@ -20,8 +20,9 @@ import numpy as np
 
 from powercut.capture.store import RecordingStore
 from powercut.crash.explore import ENOUGH, MORE, SPENT, Unjudged
-from powercut.crash.fileset import CrashSet, FileSet, Node, Options, State, Told, tell
+from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, tell
 from powercut.crash.model import CHANGES, epochs
+from powercut.crash.options import Options
 from powercut.crash.search import BudgetSpent, Search
 from powercut.crash.settled import Patch, differences
 from powercut.crash.store import SetFile, SetStore

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powercut.capture.store import RecordingStore
-from powercut.crash.fileset import Options
+from powercut.crash.options import Options
 from powercut.crash.store import in_memory
 from powercut.stores import Case, explore_store
 from powercut.trace import SECTOR, Trace, TraceWriter

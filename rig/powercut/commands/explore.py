@@ -20,11 +20,33 @@ if TYPE_CHECKING:
 @click.option("--format", "format_name", help="The image's format.  [default: what the trace says]")
 @click.option(
     "--atom",
-    type=click.Choice(["512", "4096"]),
+    type=click.Choice(["512", "4096", "write"]),
     default="512",
     show_default=True,
-    help="Bytes the disk writes in one piece.",
+    help="Bytes the disk writes in one piece; or whole writes.",
 )
+@click.option(
+    "--order",
+    type=click.Choice(["any", "issue"]),
+    default="any",
+    show_default=True,
+    help="Any writes in flight survive; or a prefix of them, as they were issued.",
+)
+@click.option(
+    "--torn",
+    type=click.Choice(["old-or-new", "zeros", "garbage"]),
+    default="old-or-new",
+    show_default=True,
+    help="What an atom in flight may hold besides: zeros, or garbage.",
+)
+@click.option(
+    "--directory",
+    type=click.Choice(["posix", "ordered"]),
+    default="posix",
+    show_default=True,
+    help="Of several files: each change of a name survives by itself; or a prefix of them.",
+)
+@click.option("--sizes/--no-sizes", default=True, show_default=True, help="Of several files: sizes may be lost.")
 @click.option(
     "--checker", metavar="CMD", help="Let this command judge: {} is the image, {dir} a directory of all files."
 )
@@ -68,6 +90,10 @@ def explore(
     trace: str,
     format_name: str | None,
     atom: str,
+    order: str,
+    torn: str,
+    directory: str,
+    sizes: bool,
     checker: str | None,
     image: str | None,
     recovery_depth: int,
@@ -85,8 +111,8 @@ def explore(
 ) -> None:
     """Visit every crash state of TRACE and say HOLDS, BROKEN or UNKNOWN."""
     from powercut import run
-    from powercut.crash.fileset import Options
     from powercut.crash.media import KINDS
+    from powercut.crash.options import Options, atom_of
     from powercut.report import document, outcome
     from powercut.report.text import progress
     from powercut.session import RULES, Plan
@@ -94,8 +120,9 @@ def explore(
     from powercut.trace import Trace
 
     recording = Trace(trace)
+    grain, whole = atom_of(atom)
     if recording.file("image") is None:
-        options = Options(int(atom), lying_flushes)
+        options = Options(grain, lying_flushes, directory, sizes, whole, order, torn)
         _several(SetPlan(trace, options, checker, image, recovery_depth), budget, jobs, save, json_path)
     format_name = format_name or str(recording.meta.get("format", ""))
     if not format_name:
@@ -103,12 +130,15 @@ def explore(
     plan = Plan(
         trace,
         format_name,
-        int(atom),
+        grain,
         rules or RULES,
         checker=checker,
         recovery_depth=recovery_depth,
         lying=lying_flushes,
         seed=seed,
+        whole=whole,
+        order=order,
+        torn=torn,
     )
     begin = time.monotonic()
     plan = run.with_faults(plan, KINDS if "all" in media else media, faults, seed)

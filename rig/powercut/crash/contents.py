@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powercut.crash.model import CHANGES, Durability, sparse_zeros, table
+from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
 from powercut.stamp import GARBAGE, decode
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
@@ -71,7 +72,10 @@ class Contents(Durability):
     `atom` is the size in bytes of what the disk writes in one piece: a multiple of 512.
     """
 
-    def __init__(self, trace: Trace, file: FileInfo, atom: int = SECTOR, lying: int = 0) -> None:
+    def __init__(
+        self, trace: Trace, file: FileInfo, atom: int = SECTOR, lying: int = 0, *, options: Options | None = None
+    ) -> None:
+        self.options = options or Options(atom, lying)
         super().__init__(trace, file.id, lying, (*CHANGES, Kind.TRUNCATE))
         columns = table(trace)
         self._begin, self._end = columns.begin, columns.end
@@ -95,6 +99,7 @@ class Contents(Durability):
         self._edges: dict[int, dict[int, Rows]] = {}
         self.touched: list[tuple[int, int]] = []  # sector ranges that got another possible content
         self._in_flight: InFlight | None = None
+        self._garbage: int | None = None  # the row that holds some
         self._choices: dict[tuple[int, int], list[Choice]] = {}
         self._reads: dict[tuple[int, int], Bytes] = {}
 
@@ -243,6 +248,8 @@ class Contents(Durability):
                         atoms.append(np.array([sector // self.per_atom]))
                         events.append(np.array([event]))
                         rows.append(row.reshape(1, -1))
+            if atoms and self.options.torn != "old-or-new":
+                self._tear(atoms, events, rows)
             if atoms:
                 atom = np.concatenate(atoms)
                 order = np.argsort(atom, kind="stable")
@@ -251,6 +258,31 @@ class Contents(Durability):
                 none = np.zeros(0, dtype=np.int64)
                 self._in_flight = InFlight(none, none, none.reshape(0, self.per_atom))
         return self._in_flight
+
+    def _tear(self, atoms: list[Rows], events: list[Rows], rows: list[Rows]) -> None:
+        """Every atom in flight may also be zeros, or garbage."""
+        atom = np.unique(np.concatenate(atoms))
+        row, event = 0, ZEROED
+        if self.options.torn == "garbage":
+            if self._garbage is None:
+                drawn = np.random.default_rng(0).integers(1, 256, SECTOR, dtype=np.uint8)  # the same in every process
+                self._composed.append(drawn)
+                self._garbage = len(self.trace.rows) + len(self._composed) - 1
+            row, event = self._garbage, SCRAMBLED
+        atoms.append(atom)
+        events.append(np.full(len(atom), event))
+        rows.append(np.full((len(atom), self.per_atom), row))
+
+    def layers(self, choice: Choice) -> list[tuple[int, int]]:
+        """Each event on the atom of `choice`, in the order of issue, with the number of the content that it leaves."""
+        flight = self.in_flight_atoms()
+        low, high = np.searchsorted(flight.atom, (choice.atom, choice.atom + 1))
+        numbers = {content.tobytes(): number for number, content in enumerate(choice.contents)}
+        contents = self.take(flight.rows[low:high].reshape(-1)).reshape(high - low, self.atom)
+        return [
+            (int(event), numbers[content.tobytes()])
+            for event, content in zip(flight.event[low:high], contents, strict=True)
+        ]
 
     def durable(self, first: int, last: int) -> Bytes:
         """The durable content of atoms first..last-1, as one run of bytes. Not to be written to."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.search import Search
+from powercut.crash.survival import Survival
 from powercut.disk import Bytes, Gathered, Offsets, Span, Variants
 from powercut.trace import SECTOR
 
@@ -41,12 +42,21 @@ class CrashDisk:
     `number` tells disks apart that share one search.
     """
 
-    def __init__(self, contents: Contents, search: Search | None = None, *, sets: bool = True, number: int = 0) -> None:
+    def __init__(
+        self,
+        contents: Contents,
+        search: Search | None = None,
+        *,
+        sets: bool = True,
+        number: int = 0,
+        survival: Survival | None = None,
+    ) -> None:
         self.contents = contents
         self.size = contents.size
         self.search = search or Search()
-        self._sets = sets
+        self._sets = sets and not contents.options.narrow
         self._number = number
+        self._survival = survival
 
     @property
     def written(self) -> list[tuple[int, int]]:
@@ -98,18 +108,28 @@ class CrashDisk:
         open_choices: list[Choice] = []
         copied = False
         for choice in self.contents.choices(first, last):
-            decision = self.search.decided(self._number, choice.atom)
-            if decision is None:
-                if not decide:
-                    open_choices.append(choice)
-                    continue
-                decision = self.search.decide(self._number, choice)
-            if decision.chosen:
+            chosen = self._chosen(choice, decide)
+            if chosen is None:
+                open_choices.append(choice)
+            elif chosen:
                 if not copied:
                     content, copied = content.copy(), True
                 begin = (choice.atom - first) * size
-                content[begin : begin + size] = choice.contents[decision.chosen]
+                content[begin : begin + size] = choice.contents[chosen]
         return content[offset - first * size :][:length], open_choices
+
+    def _chosen(self, choice: Choice, decide: bool) -> int | None:
+        """The number of the content that was decided, or is now if it is to be."""
+        if self.contents.options.narrow:
+            if not decide:
+                return None
+            contents = self.contents
+            survival = self._survival or Survival(self.search, contents.options, contents.in_flight)
+            return survival.content(self._number, choice, contents.layers(choice))
+        decision = self.search.decided(self._number, choice.atom)
+        if decision is None and decide:
+            decision = self.search.decide(self._number, choice)
+        return None if decision is None else decision.chosen
 
     def explore(self, part: Callable[[], None]) -> None:
         """Run `part` of a check for every way its reads can turn out (`Search.explore`)."""

@@ -8,7 +8,7 @@ the verdict is BROKEN whatever follows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,8 +19,10 @@ from powercut.crash.disk import CrashDisk
 from powercut.crash.media import Fault
 from powercut.crash.promise import Promise
 from powercut.crash.sample import samples, surviving
-from powercut.crash.search import BudgetSpent, Search
+from powercut.crash.search import BudgetSpent, Decision, Search
+from powercut.crash.survival import OF_WRITES, log2_states
 from powercut.errors import Nondeterministic
+from powercut.trace import SECTOR
 from powercut.verdict import Problem
 
 ENOUGH = 3
@@ -32,12 +34,13 @@ SPENT = "budget spent"
 class Chosen:
     """One decision of a finding: the atom at byte `offset` was left as `event` (an index; -1: initial content)
     left it, one of `contents` distinct contents; `durable` says it is what would be there if nothing in flight
-    had survived."""
+    had survived. `whole`: it is the whole write that was left or lost."""
 
     offset: int
     event: int
     contents: int
     durable: bool
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +112,35 @@ class _Stop(Exception):
     """Enough was found in this epoch."""
 
 
+def extent(contents: Contents) -> tuple[int, float]:
+    """How much is undecided: atoms, or writes where those are decided as a whole; and how many states that makes, as a
+    power of two."""
+    if not contents.options.narrow:
+        counts = contents.undecided()
+        return len(counts), float(np.log2(counts).sum())
+    events, atoms = np.unique(contents.in_flight_atoms().event, return_counts=True)
+    sizes = dict(zip(events.tolist(), atoms.tolist(), strict=True))
+    return len(contents.in_flight), log2_states(contents.options, sizes, contents.in_flight)
+
+
+def told(decision: Decision, contents: Contents) -> Iterator[Chosen]:
+    """What a decision of the search says of the image."""
+    alternatives, lost = len(decision.choice.contents), decision.chosen == 0
+    if decision.disk == 0:
+        yield Chosen(decision.choice.atom * contents.atom, decision.event, alternatives, lost)
+    elif decision.disk == OF_WRITES:
+        event = decision.choice.atom
+        events = decision.choice.events[1 : decision.chosen + 1] if event < 0 else (event,)
+        for each in events:
+            yield Chosen(contents.first[each] * SECTOR, each, alternatives, lost, True)
+
+
 class _Visit:
     """One epoch being searched: what was found so far, and when that is enough."""
 
     def __init__(self, index: int, contents: Contents, judge: Judge, sets: bool, budget: int | None) -> None:
         self.result = EpochResult(index, contents.position)
-        counts = contents.undecided()
-        self.result.undecided_atoms = len(counts)
-        self.result.log2_states = float(np.log2(counts).sum())
+        self.result.undecided_atoms, self.result.log2_states = extent(contents)
         self.search = Search(budget)
         self._contents = contents
         self._judge = judge
@@ -129,12 +153,7 @@ class _Visit:
         if problem.key in self._seen or self._rules[problem.rule] >= ENOUGH:
             return
         self._rules[problem.rule] += 1
-        size = self._contents.atom
-        decisions = tuple(
-            Chosen(d.choice.atom * size, d.event, len(d.choice.contents), d.chosen == 0)
-            for d in self.search.path
-            if d.disk == 0
-        )
+        decisions = tuple(chosen for d in self.search.path for chosen in told(d, self._contents))
         self._seen[problem.key] = Found(self._contents.position, problem, decisions, tuple(patches))
 
     def whole(self) -> None:
@@ -175,7 +194,7 @@ def sample_epoch(
     """Look at single states of that epoch (`powercut.crash.sample`), in at most `budget` checks."""
     visit = _Visit(index, contents, judge, sets, budget)
     flight = contents.in_flight_atoms()
-    issued = np.unique(flight.event).tolist()
+    issued = np.unique(flight.event[flight.event >= 0]).tolist()
 
     def run() -> None:
         for survivors in (frozenset[int](), frozenset(issued)):  # this shows which atoms the check reads

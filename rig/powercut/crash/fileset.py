@@ -16,17 +16,20 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from powercut.crash.contents import Choice, Contents
+from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.names import Change, Names
+from powercut.crash.options import Options
 from powercut.crash.recovery import lay_over
 from powercut.crash.search import Decision, Search
 from powercut.crash.sizes import Sizes
+from powercut.crash.survival import Survival, choice_of
 from powercut.disk import Bytes
-from powercut.trace import SECTOR, Trace
+from powercut.trace import Trace
 
 _BITS = 20  # of a disk's number that tell files apart
-_FILES, _SIZES, _NAMES = range(3)  # what a disk's number is of
+_KINDS = 4
+_FILES, _SIZES, _NAMES, _WRITES = range(_KINDS)  # what a disk's number is of
 
 
 class Node(NamedTuple):
@@ -36,17 +39,6 @@ class Node(NamedTuple):
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The choices of the fault model. `atom` bytes are written in one piece; the last `lying` flushes of each file
-    did nothing; `directory` is "posix" or "ordered"; without `sizes` no size change is ever lost."""
-
-    atom: int = SECTOR
-    lying: int = 0
-    directory: str = "posix"
-    sizes: bool = True
-
-
 class FileSet:
     """All files of one trace at the current position."""
 
@@ -54,7 +46,7 @@ class FileSet:
         self.trace = trace
         self.options = options
         plain = [info for info in trace.files if info.role not in ("guest", "directory")]
-        self.contents = {info.id: Contents(trace, info, options.atom, options.lying) for info in plain}
+        self.contents = {info.id: Contents(trace, info, options.atom, options.lying, options=options) for info in plain}
         self.sizes = {info.id: Sizes(trace, info, options.lying) for info in plain}
         self.names = Names(trace)
 
@@ -76,12 +68,21 @@ class FileSet:
             self.names.durable.update(change.sets)
         self.names.in_flight = []
 
+    def flight(self) -> list[int]:
+        """The events in flight on all files, in the order of issue."""
+        files = [*self.contents.values(), *self.sizes.values()]
+        return sorted({event for file in files for event in file.in_flight})
+
     def alternatives(self) -> list[int]:
-        """How many alternatives each undecided thing has: atoms, sizes, and changes of names."""
+        """How many alternatives each undecided thing has: atoms (or writes), sizes, and changes of names."""
         counts: list[int] = []
-        for contents in self.contents.values():
-            counts += contents.undecided().tolist()
-        if self.options.sizes:
+        if self.options.narrow:
+            flight = self.flight()
+            counts = [2] * len(flight) if self.options.order == "any" else [len(flight) + 1] * bool(flight)
+        else:
+            for contents in self.contents.values():
+                counts += contents.undecided().tolist()
+        if self.options.sizes and self.options.order == "any":
             counts += [n for sizes in self.sizes.values() if (n := len(sizes.possible())) > 1]
         changes = len(self.names.in_flight)
         if changes:
@@ -136,7 +137,13 @@ class CrashSet:
         return node.id if node.level == self.level else self._mine.get(node)
 
     def _number(self, what: int, id: int) -> int:
-        return (self.level * 3 + what) << _BITS | id
+        return (self.level * _KINDS + what) << _BITS | id
+
+    def _survival(self) -> Survival | None:
+        options = self.files.options
+        if not options.narrow:
+            return None
+        return Survival(self.search, options, self.files.flight(), self._number(_WRITES, 0))
 
     # Names
 
@@ -185,6 +192,9 @@ class CrashSet:
         sizes = self.files.sizes[id]
         if not self.files.options.sizes:
             return sizes.newest()
+        survival = self._survival()
+        if survival is not None and self.files.options.order == "issue":
+            return sizes.after(self.files.flight()[: survival.survivors()])
         possible = sizes.possible()
         return self._decide(_SIZES, id, 0, list(possible), tuple(possible.values()))
 
@@ -195,7 +205,7 @@ class CrashSet:
             return self._below.read(node, offset, length)
         contents, number = self.files.contents[id], self._number(_FILES, id)
         if self._below is None:
-            return CrashDisk(contents, self.search, number=number).read(offset, length)
+            return CrashDisk(contents, self.search, number=number, survival=self._survival()).read(offset, length)
         size = contents.atom
         first, last = offset // size, -(-(offset + length) // size)
         if node.level == self.level:
@@ -203,7 +213,7 @@ class CrashSet:
         else:
             content = self._below.read(node, first * size, (last - first) * size).copy()
             content[max(0, self._below.size(node) - first * size) :] = 0  # a file that grows again has zeros there
-        lay_over(content.reshape(-1, size), first, last, contents, self.search, number)
+        lay_over(content.reshape(-1, size), first, last, contents, self.search, number, self._survival())
         return content[offset - first * size :][:length]
 
     def _decide(self, what: int, id: int, atom: int, values: list[int], events: tuple[int, ...]) -> int:
@@ -213,15 +223,15 @@ class CrashSet:
         number = self._number(what, id)
         decision = self.search.decided(number, atom)
         if decision is None:
-            choice = Choice(atom, np.array(values, dtype=np.int64).view(np.uint8).reshape(len(values), -1), events)
-            decision = self.search.decide(number, choice)
+            decision = self.search.decide(number, choice_of(atom, values, events))
         return values[decision.chosen]
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A decision in words: `what` is "content", "size" or "name"; `file` how the trace calls the file, or the
-    directory; `event` the event whose effect is there (-1: what was before), in the trace of `level`."""
+    """A decision in words: `what` is "content", "size", "name", "write" (a whole one) or "order" (all up to that event
+    are there); `file` how the trace calls the file, or the directory; `event` the event whose effect is there (-1: what
+    was before), in the trace of `level`."""
 
     level: int
     what: str
@@ -236,19 +246,24 @@ class Told:
 
 def of_contents(disk: int) -> bool:
     """Whether the disk called by this number is a file's content, not a size or a name."""
-    return (disk >> _BITS) % 3 == _FILES
+    return (disk >> _BITS) % _KINDS == _FILES
 
 
 def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
     """What a decision means. `traces` are those of the levels."""
     kind, id = decision.disk >> _BITS, decision.disk & ((1 << _BITS) - 1)
-    level, what = divmod(kind, 3)
+    level, what = divmod(kind, _KINDS)
     trace = traces[level]
     durable = decision.chosen == 0
     answer = (decision.disk, decision.choice.atom, decision.chosen)
     if what == _NAMES:
         event = decision.event if decision.event >= 0 else decision.choice.events[-1]
         return Told(level, "name", trace.files[int(trace.events["file"][event])].name, 0, event, durable, *answer)
+    if what == _WRITES:
+        ordered = decision.choice.atom < 0
+        event = decision.event if ordered else decision.choice.atom
+        where = "" if event < 0 else trace.files[int(trace.events["file"][event])].name
+        return Told(level, "order" if ordered else "write", where, 0, event, durable, *answer)
     size = decision.choice.contents.shape[1] if what == _FILES else 0
     name = trace.files[id].name
     offset = decision.choice.atom * size

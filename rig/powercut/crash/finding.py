@@ -20,6 +20,7 @@ from powercut import __version__
 from powercut.crash.contents import Contents
 from powercut.crash.explore import Chosen, Found
 from powercut.crash.media import Fault
+from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.crash.shrink import newest
 from powercut.errors import InputError
 from powercut.trace import SECTOR, Kind, Trace
@@ -30,7 +31,8 @@ SCHEMA = "powercut.finding/1"
 class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     """The atom at byte `offset` was left as the event numbered `event` left it (its index in the trace; -1: as it
     was before the recording), one of `contents` distinct contents. `lost`: that is its durable content, and what was
-    in flight on it was lost. `write` describes the event, `role` what the atom is for."""
+    in flight on it was lost; `whole`: the whole write was left or lost. `write` describes the event, `role` what the
+    atom is for."""
 
     offset: int
     event: int
@@ -38,6 +40,7 @@ class Decided(msgspec.Struct, frozen=True, omit_defaults=True):
     lost: bool
     write: str = ""
     role: str = ""
+    whole: bool = False
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -50,7 +53,8 @@ class Patch(msgspec.Struct, frozen=True):
 class Finding(msgspec.Struct, frozen=True):
     """See the module. `checker` is the command that judged, if one did; `patches` what it had written before it was
     cut off itself. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
-    what had to be on disk before what; `fault` is what the medium did besides."""
+    what had to be on disk before what; `fault` is what the medium did besides. `whole`, `survivors` (the order) and
+    `torn` are choices of the fault model (`powercut.crash.options`)."""
 
     schema: str
     powercut: str
@@ -72,6 +76,9 @@ class Finding(msgspec.Struct, frozen=True):
     checker: str = ""
     lying: int = 0
     fault: Fault | None = None
+    whole: bool = False
+    survivors: str = "any"
+    torn: str = "old-or-new"
 
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
@@ -101,6 +108,8 @@ class Planned(Protocol):
     def checker(self) -> str | None: ...
     @property
     def lying(self) -> int: ...
+    @property
+    def options(self) -> Options: ...
 
 
 def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Callable[[int], str]) -> Finding:
@@ -115,6 +124,9 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
         atom=plan.atom,
         checker=plan.checker or "",
         lying=plan.lying,
+        whole=plan.options.whole,
+        survivors=plan.options.order,
+        torn=plan.options.torn,
         position=found.position,
         rule=problem.rule,
         kind=problem.kind,
@@ -122,7 +134,7 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
         severity=problem.severity.label,
         text=problem.text,
         decisions=[
-            Decided(d.offset, d.event, d.contents, d.durable, describe(trace, d.event), role(d.offset))
+            Decided(d.offset, d.event, d.contents, d.durable, describe(trace, d.event), role(d.offset), d.whole)
             for d in found.decisions
         ],
         seen=seen,
@@ -132,9 +144,9 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
 
 
 def describe(trace: Trace, event: int) -> str:
-    """The event with this index, in words; -1 stands for the initial content."""
+    """The event with this index, in words; less than 0 stands for what no event left."""
     if event < 0:
-        return "as before the recording"
+        return {ZEROED: "torn: zeros", SCRAMBLED: "torn: garbage"}.get(event, "as before the recording")
     about = trace.events[event]
     kind = Kind(about["kind"]).name.lower()
     return f"as the {kind} of {about['length']} bytes at {about['offset']:#x} left it"
@@ -184,9 +196,12 @@ def apply(finding: Finding, contents: Contents) -> None:
         contents.rows[atoms[kept, None] * contents.per_atom + inner] = rows[kept]
     for decided in finding.decisions:
         atom, rest = divmod(decided.offset, finding.atom)
-        if decided.lost and not rest:
+        if decided.lost and (decided.whole or not rest):
             continue
-        hits = np.flatnonzero((flight.atom == atom) & (flight.event == decided.event))
+        hits = np.flatnonzero((flight.event == decided.event) & (decided.whole | (flight.atom == atom)))
+        if decided.whole and len(hits):
+            contents.rows[flight.atom[hits, None] * contents.per_atom + inner] = flight.rows[hits]
+            continue
         if rest or not len(hits):
             raise InputError(
                 f"the finding decides byte {decided.offset} for event {decided.event}: not in flight there"

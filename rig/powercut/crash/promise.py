@@ -8,6 +8,8 @@ recovered disk is one of membership.
 A discard is a hint: it makes zeros legal, now and later, and takes nothing away, because a device may ignore
 it for a part of the range or for all of it (NBD protocol, NBD_CMD_TRIM; QEMU ignores unaligned edges).
 
+Where a torn atom may be zeros or garbage, so may a sector that an operation in flight is on.
+
 The disk's size is promised in the same way: TRUNCATE events change it, and a flush makes them durable. A size of 0
 when recording began says that it is not known, and nothing is promised about it.
 """
@@ -29,8 +31,9 @@ Sectors = NDArray[np.int64]
 class Promise(Durability):
     """The legal contents of a guest's disk at the current position. `guest` is a file whose role is "guest"."""
 
-    def __init__(self, trace: Trace, guest: FileInfo) -> None:
+    def __init__(self, trace: Trace, guest: FileInfo, torn: str = "old-or-new") -> None:
         super().__init__(trace, guest.id)
+        self._torn = {"zeros": ZERO, "garbage": GARBAGE}.get(torn)
         events = trace.events
         self.size = self.sectors * SECTOR  # bytes of the disk at its largest
         self._size = guest.size
@@ -87,6 +90,9 @@ class Promise(Durability):
         left = np.flatnonzero(~ok & (zero | (stamped == at)) & (op != GARBAGE))
         if len(left):
             ok[left] = self._in_flight(at[left], op[left])
+        if self._torn is not None:  # by the disk's own model, whatever stores it
+            for change in self.in_flight:
+                ok |= (op == self._torn) & (self.first[change] <= at) & (at < self.last[change])
         return np.asarray(ok)
 
     def _in_flight(self, at: Sectors, op: Sectors) -> NDArray[np.bool_]:

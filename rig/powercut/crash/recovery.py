@@ -14,15 +14,24 @@ import numpy as np
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.disk import Deciding
 from powercut.crash.search import Search
+from powercut.crash.survival import OF_WRITES, Survival
 from powercut.disk import Bytes, Variants
 from powercut.trace import SECTOR
 
 Patch = tuple[int, bytes]  # byte offset, content
 
 
-def lay_over(content: Bytes, first: int, last: int, written: Contents, search: Search, number: int) -> None:
+def lay_over(
+    content: Bytes,
+    first: int,
+    last: int,
+    written: Contents,
+    search: Search,
+    number: int,
+    survival: Survival | None = None,
+) -> None:
     """Put what `written` records over `content`, the atoms first..last-1 as they are below (one row each). What is in
-    flight is decided by `search`, on the disk called `number`."""
+    flight is decided by `search`, on the disk called `number`, or by `survival`."""
     inside = slice(first, min(last, len(written.writer) // written.per_atom))
     writer = written.writer.reshape(-1, written.per_atom)[inside]
     rows = written.rows.reshape(-1, written.per_atom)[inside]
@@ -40,11 +49,13 @@ def lay_over(content: Bytes, first: int, last: int, written: Contents, search: S
             distinct.setdefault(other, int(flight.event[low + entry]))
         if len(distinct) == 1:
             continue
-        decision = search.decided(number, atom)
-        if decision is None:
-            stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
-            decision = search.decide(number, Choice(atom, stacked, tuple(distinct.values())))
-        content[atom - first] = decision.choice.contents[decision.chosen]
+        stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
+        choice = Choice(atom, stacked, tuple(distinct.values()))
+        if survival is not None:
+            chosen = survival.content(number, choice, written.layers(choice))
+        else:
+            chosen = (search.decided(number, atom) or search.decide(number, choice)).chosen
+        content[atom - first] = stacked[chosen]
 
 
 class RecoveredDisk:
@@ -70,7 +81,11 @@ class RecoveredDisk:
         size = self._contents.atom
         first, last = offset // size, -(-(offset + length) // size)
         content = self._below.read(first * size, (last - first) * size).copy()
-        lay_over(content.reshape(-1, size), first, last, self._contents, self.search, self._level)
+        written, search = self._contents, self.search
+        survival = None
+        if written.options.narrow:
+            survival = Survival(search, written.options, written.in_flight, OF_WRITES - self._level)
+        lay_over(content.reshape(-1, size), first, last, written, search, self._level, survival)
         return content[offset - first * size :][:length]
 
     def variants(self, offset: int, length: int) -> Variants:

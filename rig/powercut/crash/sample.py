@@ -32,7 +32,7 @@ def surviving(events: frozenset[int]) -> Policy:
     """Answers as if of all that is in flight just `events` had survived."""
 
     def chosen(disk: int, choice: Choice) -> int:
-        if disk:  # what a recovery wrote is another recording
+        if disk > 0:  # what a recovery wrote is another recording
             return 0
         return max((i for i, event in enumerate(choice.events) if i and event in events), default=0)
 

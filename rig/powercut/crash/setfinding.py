@@ -15,8 +15,9 @@ import msgspec
 
 from powercut import __version__
 from powercut.crash.contents import Choice
-from powercut.crash.fileset import CrashSet, Options, Told
+from powercut.crash.fileset import CrashSet, Told
 from powercut.crash.finding import same_trace
+from powercut.crash.options import Options
 from powercut.crash.search import Search
 from powercut.crash.settled import Patch, apply, files_at, root_of, write_out
 from powercut.errors import InputError

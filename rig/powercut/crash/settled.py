@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from powercut.crash.fileset import CrashSet, FileSet, Node, Options, State
+from powercut.crash.fileset import CrashSet, FileSet, Node, State
+from powercut.crash.options import Options
 from powercut.crash.search import Search
 from powercut.disk import Bytes
 from powercut.errors import InputError

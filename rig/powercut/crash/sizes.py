@@ -42,6 +42,14 @@ class Sizes(Walk):
                 found.setdefault(self._after(event, size), event)
         return found
 
+    def after(self, survivors: list[int]) -> int:
+        """The size if of what is in flight just `survivors` survived."""
+        size, alive = self.durable, set(survivors)
+        for event in self.in_flight:
+            if event in alive:
+                size = self._after(event, size)
+        return size
+
     def newest(self) -> int:
         """The size if nothing in flight is lost."""
         size = self.durable

@@ -69,6 +69,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
         "trace": outcome.plan.trace,
         "format": outcome.plan.format,
         "atom": outcome.plan.atom,
+        "options": msgspec.to_builtins(outcome.plan.options),
         "rules": ["checker", "repairs"] if outcome.plan.checker else list(outcome.plan.rules),
         "checker": outcome.plan.checker,
         "recovery_depth": outcome.plan.recovery_depth if outcome.plan.checker else None,
@@ -133,7 +134,7 @@ def sampled(sample: Any) -> str:
 def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     """The outcome for people."""
     plan = outcome.plan
-    lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: {plan.format}, atoms of {plan.atom} bytes"]
+    lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: {plan.format}, {plan.options}"]
     lines.append(f"  covered  {covered(outcome.coverage)}, {seconds:.1f} s")
     if plan.checker:
         runs = count(outcome.coverage.runs, "time")

@@ -50,8 +50,7 @@ def replay(item: Saved) -> str:
 def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     """The outcome for people."""
     plan, found = outcome.plan, outcome.found
-    options = plan.options
-    lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: all files, atoms of {options.atom} bytes"]
+    lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: all files, {plan.options}"]
     how = "exhausted" if found.epochs == found.exhausted else f"{found.exhausted:,} exhausted"
     lines.append(
         f"  covered  {count(found.epochs, 'epoch')} ({how}), {found.undecided:,} undecided names, sizes and atoms, "
