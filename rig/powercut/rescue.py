@@ -50,7 +50,8 @@ def rescue(image: str, out: str, known: Known) -> Rescue:
         raise InputError(f"{image}: no table of a qcow2 image was found in its {disk.size:,} bytes")
     if anatomy.header.data_file:
         raise InputError(f"{image}: the guest's data is in another file, which cannot be rescued from here")
-    notes = anatomy.notes + _settle(anatomy, known)
+    settled = _settle(anatomy, known)
+    notes = anatomy.notes + settled
     at_zero = first.look(disk, anatomy)
     partial = f"{out}.partial"
     try:

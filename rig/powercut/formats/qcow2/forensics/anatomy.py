@@ -35,6 +35,7 @@ class Anatomy:
     saved: list[Saved]
     saved_l1: list[U64]  # the L1 table of each snapshot
     notes: list[Note] = field(default_factory=list)
+    found: tuple[Tables, Candidate] | None = None  # where the active L1 table was found by its structure
 
     @property
     def coverage(self) -> int:
@@ -90,6 +91,16 @@ def by_structure(disk: Disk, found: Scan, geometry: Geometry) -> list[Anatomy]:
     return [_assembled(disk, geometry, tables, bare, saved, candidate) for candidate in best or [None]]
 
 
+def begun_earlier(anatomy: Anatomy, zeros: int) -> Anatomy:
+    """The same, with so many clusters of zeros in front of the active L1 table that was found."""
+    assert anatomy.found is not None
+    tables, active = anatomy.found
+    lead = np.zeros(zeros * anatomy.geometry.cluster // 8, dtype=np.uint64)
+    longer = replace(active, cluster=active.cluster - zeros, entries=np.concatenate([lead, active.entries]))
+    bare = _bare(anatomy.geometry)
+    return _assembled(anatomy.disk, anatomy.geometry, tables, bare, anatomy.saved, longer)
+
+
 def _clusters(offset: int, length: int, bits: int) -> range:
     return range(offset >> bits, -(-(offset + length) >> bits))
 
@@ -132,6 +143,7 @@ def _assembled(
         snapshots_offset=saved[0].where if saved else 0,
     )
     anatomy = Anatomy(disk, header, False, geometry, l1, saved, saved_l1)
+    anatomy.found = (tables, active) if active is not None else None
     size, note = _size(anatomy)
     anatomy.resize(size)
     anatomy.notes += [*_notes(anatomy, active), note]

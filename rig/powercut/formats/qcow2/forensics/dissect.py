@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 from powercut.disk import Disk
+from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.check import check
 from powercut.formats.qcow2.forensics import geometry, headers
-from powercut.formats.qcow2.forensics.anatomy import Anatomy, by_header, by_structure
-from powercut.formats.qcow2.forensics.layers import Layers, all_references, clean, of
+from powercut.formats.qcow2.forensics.anatomy import Anatomy, begun_earlier, by_header, by_structure
+from powercut.formats.qcow2.forensics.layers import Layers, Refs, all_references, clean, of
 from powercut.formats.qcow2.forensics.notes import recovered
 from powercut.formats.qcow2.forensics.scan import scan
 from powercut.formats.qcow2.header import read_header
@@ -32,17 +33,45 @@ def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda
         tried = [by_header(disk, left, False, [note]) for left in headers.without_magic(disk)]
     found = scan(path, disk.size, progress)
     tried += [anatomy for g in geometry.find(disk, found) for anatomy in by_structure(disk, found, g)]
-    return max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)
+    best = max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)
+    if best is None or best.found is None or not (zeros := _zeros_in_front(best, best.found[1].cluster)):
+        return best
+    return begun_earlier(best, zeros)
 
 
-def _explained(anatomy: Anatomy) -> int:
-    """How many bytes of the file fit together: in use by the refcounts, and referred to that often. What contradicts
-    the refcounts counts against it."""
+def _references(anatomy: Anatomy) -> Refs:
+    """References by cluster, those to the tables that hang from the header among them."""
     total = -(-anatomy.disk.size >> anatomy.header.cluster_bits)
     layers = of(anatomy)
     clean(layers, anatomy, [])
     refs = all_references(Layers(anatomy.disk, anatomy.header, layers, anatomy.disk.size), total)
     refs[[cluster for cluster in (0, *anatomy.metadata()) if 0 <= cluster < total]] += 1
+    return refs
+
+
+def _zeros_in_front(anatomy: Anatomy, first: int) -> int:
+    """How many clusters in front of the L1 table are in use, hold zeros, and belong to nothing: an L1 table of several
+    clusters begins so, where the start of the disk was never written."""
+    disk, bits = anatomy.disk, anatomy.header.cluster_bits
+    if anatomy.geometry.counts is None:
+        return 0
+
+    def plain(cluster: int) -> bool:
+        used = cluster > 0 and anatomy.geometry.count(np.array([cluster]))[0] == 1
+        return bool(used) and not disk.read(cluster << bits, 1 << bits).any()
+
+    if not plain(first - 1):
+        return 0
+    refs, zeros = _references(anatomy), 0
+    while zeros << bits < q.MAX_L1_BYTES and plain(first - 1 - zeros) and not refs[first - 1 - zeros]:
+        zeros += 1
+    return zeros
+
+
+def _explained(anatomy: Anatomy) -> int:
+    """How many bytes of the file fit together: in use by the refcounts, and referred to that often. What contradicts
+    the refcounts counts against it."""
+    refs = _references(anatomy)
     counts = anatomy.geometry.counts
     if counts is None:
         return int(np.count_nonzero(refs)) << anatomy.header.cluster_bits

@@ -98,6 +98,8 @@ def _floating_tables(
         offsets = offsets[offsets != 0]
         if not len(offsets) or _is_owed(owed, offsets, header.cluster_bits).mean() < 0.5:
             continue
+        if not any(disk.read(int(offset), header.cluster_size).any() for offset in offsets[:_MOST]):
+            continue  # it maps nothing but zeros, or it is an L1 table of empty tables
         index = _home(anatomy, working, words, taken)
         text = f"an L2 table at {cluster << header.cluster_bits:#x} of {np.count_nonzero(entry)} entries, "
         if index is None:
