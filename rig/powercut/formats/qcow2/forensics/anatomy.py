@@ -44,7 +44,7 @@ class Anatomy:
 
     def resize(self, size: int) -> None:
         """Say that the guest's disk has `size` bytes. What is mapped behind its end stays."""
-        needed = max(-(-size // self.coverage), len(self.l1))
+        needed = max(-(-size // self.coverage), len(self.l1), *(one.l1_size for one in self.saved), 1)
         self.l1 = np.concatenate([self.l1, np.zeros(needed - len(self.l1), dtype=np.uint64)])
         self.header = replace(self.header, size=size, l1_size=needed)
 
@@ -154,12 +154,12 @@ def _size(anatomy: Anatomy) -> tuple[int, Note]:
     """The size of the guest's disk."""
     used = np.flatnonzero(anatomy.l1)
     coverage, mapped = anatomy.coverage, 0
-    vm_state = any(one.vm_state_size for one in anatomy.saved)
     known = [one.disk_size for one in anatomy.saved if one.disk_size]
-    ends = {-(-size // coverage) for size in known}
+    ends = [one.vm_state_index(coverage) for one in anatomy.saved]
+    vm_state = any(one.vm_state_size for one in anatomy.saved)
     for index in reversed(used.tolist()):
         end = _mapped_end(anatomy, index)
-        if end and not (vm_state and any(index >= boundary for boundary in ends)):
+        if end and not (vm_state and index >= max(ends)):
             mapped = index * coverage + end
             break
     told = told_size(Guest(anatomy.disk, anatomy.header, anatomy.l1).read(0, 4096))
@@ -168,10 +168,9 @@ def _size(anatomy: Anatomy) -> tuple[int, Note]:
         return told[0], guessed("size", f"{told[0]:,} bytes: {told[1]}")
     if known and max(known) >= mapped:
         return max(known), guessed("size", f"{max(known):,} bytes, as when the largest snapshot was taken")
-    sizes = {one.l1_size for one in anatomy.saved if not one.vm_state_size}
-    if sizes and not known and mapped <= max(sizes) * coverage:
-        size = max(sizes) * coverage
-        why = f"a snapshot has {max(sizes)} L1 entries of {coverage:,} bytes each; the last may be shorter"
+    if ends and not known and mapped <= max(ends) * coverage:
+        size = max(ends) * coverage
+        why = f"a snapshot's L1 table has room for {max(ends)} times {coverage:,} bytes of it, or less"
         return size, guessed("size", f"{size:,} bytes: {why}")
     return mapped, guessed("size", f"{mapped:,} bytes: the last mapped cluster ends there; the disk may be larger")
 

@@ -4,9 +4,9 @@ An L1 entry with the copied flag and offset 0 says it. Taking a snapshot clears 
 any that points nowhere: then a snapshot with VM state and no table for it tells, or a table of another layer that
 shares clusters with this one.
 
-A refcount that is higher than the references found says that something else refers to the cluster: an entry that is
-gone. That makes an entry certain which another layer has in the same place, and one likely that follows its
-neighbours.
+A refcount that is higher than the references found says that something else refers to the cluster: perhaps an entry
+that is gone. That makes an entry likely which follows its neighbours and which nothing else claims, and one which
+another layer has in the same place. Neither is certain: the defect that freed cluster 0 left refcounts too high.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import I64, U64
 from powercut.formats.qcow2.forensics.anatomy import Anatomy
 from powercut.formats.qcow2.forensics.layers import Layers, all_references, clean, of
-from powercut.formats.qcow2.forensics.notes import Note, guessed, guest_range, lost, recovered
+from powercut.formats.qcow2.forensics.notes import Note, guessed, guest_range, lost
 from powercut.formats.qcow2.forensics.overlay import Overlaid
 
 _OFFSET = np.uint64(q.OFFSET_MASK)
@@ -53,12 +53,7 @@ def _of_vm_state(anatomy: Anatomy) -> int | None:
     for one, l1 in reversed(list(zip(anatomy.saved, anatomy.saved_l1, strict=True))):
         if not one.vm_state_size:
             continue
-        if one.disk_size is not None:
-            index = -(-one.disk_size // anatomy.coverage)
-        else:
-            others = [int(np.flatnonzero(other)[-1]) for other in anatomy.saved_l1 if other.any()]
-            tables = -(-one.vm_state_size // anatomy.coverage)
-            index = max(others, default=-1) - tables + 1
+        index = one.vm_state_index(anatomy.coverage)
         if 0 <= index < len(l1) and not l1[index]:
             return index
     return None
@@ -93,16 +88,13 @@ def restore_patched(anatomy: Anatomy, words: U64, index: int | None) -> tuple[U6
         if index is not None:
             start = (index * header.l2_entries + slot) * header.cluster_size
             what += f" ({guest_range(start, start + header.cluster_size)})"
+        near = [o for o in _by_neighbours(words, slot, header.cluster_size) if owed(o, alone=True)]
         same = [o for o in _same_place(anatomy, index, slot) if owed(o)]
-        near = [o for o in _by_neighbours(words, slot, header.cluster_size) if owed(o)]
-        fits = [o for o in same + near if slot != 7 or o >> 32 == high]
+        fits = [o for o in near + same if slot != 7 or o >> 32 == high]
         if fits:
             words[slot] = fits[0]
-            told = recovered if fits[0] in same else guessed
-            why = (
-                "another layer has it, with a refcount that counts this one" if told is recovered else "its neighbours"
-            )
-            notes.append(told("overwritten entry", f"{what}: {fits[0]:#x}, by {why}"))
+            why = "it follows its neighbours" if fits[0] in near else "another layer has it"
+            notes.append(guessed("overwritten entry", f"{what}: {fits[0]:#x}, for {why}, and its refcount has room"))
         elif words[slot - 1] & _OFFSET or words[9] & _OFFSET:
             notes.append(lost("overwritten entry", f"{what}: nothing tells what it was"))
     return words, notes
@@ -125,12 +117,13 @@ class _owed:  # noqa: N801 - a closure with a name
         self._refs = all_references(working, total + 1)
         self._refs[[c for c in anatomy.metadata() if c < len(self._refs)]] = 1 << 30
 
-    def __call__(self, offset: int) -> bool:
+    def __call__(self, offset: int, *, alone: bool = False) -> bool:
+        """`alone`: and nothing at all refers to it."""
         cluster = offset >> self._bits
         if not 0 < cluster < len(self._refs) or offset % (1 << self._bits):
             return False
         count = int(self._counts.count(np.array([cluster], dtype=np.int64))[0])
-        return count > int(self._refs[cluster])
+        return count > int(self._refs[cluster]) and not (alone and self._refs[cluster])
 
 
 def _same_place(anatomy: Anatomy, index: int | None, slot: int) -> list[int]:

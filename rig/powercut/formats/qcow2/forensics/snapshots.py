@@ -48,6 +48,13 @@ class Saved:
     def called(self) -> str:
         return f"snapshot {self.id.decode('latin-1')!r} ({self.name.decode('utf-8', 'replace')!r})"
 
+    def vm_state_index(self, coverage: int) -> int:
+        """The index of the first L1 entry behind the disk, where the VM state is. `coverage`: bytes that each maps.
+        An old entry does not tell the size of the disk; but the L1 table is not longer than it must be."""
+        if self.disk_size is not None:
+            return -(-self.disk_size // coverage)
+        return self.l1_size - -(-self.vm_state_size // coverage)
+
     def packed(self, l1_table_offset: int, l1_size: int, disk_size: int) -> bytes:
         """The entry for a new table, with the extra data that version 3 wants."""
         extra = self.extra
