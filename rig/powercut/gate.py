@@ -248,14 +248,14 @@ def _judge(
 
 
 def _line(result: Result, width: int) -> str:
-    got, numbers, more = result.state, "", [saved.replay for saved in (result.saved or [])[:1]]
+    got, numbers, more = _got(result), "", [saved.replay for saved in (result.saved or [])[:1]]
     if result.outcome:
-        coverage, got = result.outcome.coverage, str(result.outcome.verdict)
+        coverage = result.outcome.coverage
         numbers = f"{coverage.epochs:>6,} {states(coverage.log2_states):>10} {coverage.checks:>7,}"
     elif result.told:
-        got, numbers, more = result.told.verdict, result.told.covered, result.told.lines.splitlines()
+        numbers, more = result.told.covered, result.told.lines.splitlines()
     elif result.looped:
-        got, numbers = result.looped.word, f"{result.looped.loops:,} loops"
+        numbers = f"{result.looped.loops:,} loops"
     line = f"{result.name:{width}}  {result.scenario.expect:7} {got:7} {numbers:>25} {result.seconds:>5.1f} s"
     if result.state != "expected":
         line += f"  {result.state.upper()}"
@@ -281,6 +281,24 @@ def exit_code(results: list[Result]) -> int:
     if any(result.state == "unexpected" for result in results):
         return 1
     return 3 if any(result.state in ("unknown", "skipped") for result in results) else 0
+
+
+def _got(result: Result) -> str:
+    """The verdict, or that there is none."""
+    if result.outcome:
+        return str(result.outcome.verdict)
+    return result.looped.word if result.looped else result.told.verdict if result.told else result.state
+
+
+def verdict_code(results: list[Result]) -> int:
+    """Whatever was expected: 1 if anything is BROKEN, else 3 if anything is not known, else 0."""
+    words = {_got(result) for result in results}
+    return 1 if Verdict.BROKEN in words else 0 if words <= {Verdict.HOLDS, "CLEAN"} else 3
+
+
+def cells(results: list[Result]) -> dict[str, str]:
+    """Lines for a table that compares: each scenario's verdict, and what is wrong."""
+    return {result.name: f"{_got(result)}{' ' * bool(result.why)}{result.why}" for result in results}
 
 
 def document(results: list[Result]) -> dict[str, Any]:

@@ -201,4 +201,6 @@ def toml(scenario: Scenario) -> str:
     changed |= {"workload": {"depth": scenario.workload.depth, "history": list(scenario.workload.history)}}
     if scenario.record.lie:
         changed["record"] = {"lie": list(scenario.record.lie)}
+    if scenario.errors:
+        changed["errors"] = {key: value for key, value in changed["errors"].items() if value is not None}
     return tomlkit.dumps(changed)

@@ -261,7 +261,9 @@ def scenario(result: Result, found: Found) -> Scenario:
     """The scenario that shows a finding, and nothing else."""
     rule, _, error, lasting = found.way
     point = found.case.injection
-    only = Errors(point.event, point.nth, (error,), (lasting,)) if point else Errors()  # type: ignore[arg-type]
+    only = Errors("pwritev", 1, ("EIO",), ("once",))  # what is found without any error is found before it
+    if point:
+        only = Errors(point.event, point.nth, (error,), (lasting,))  # type: ignore[arg-type]
     return msgspec.structs.replace(
         result.scenario,
         about=found.fault.text,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from powercut.commands import JSON, SAVE, named_values
+from powercut.commands import BISECT, JSON, QEMU, SAVE, compared, named_values
 
 
 @click.command()
@@ -22,6 +22,8 @@ from powercut.commands import JSON, SAVE, named_values
 @click.option("--lasting", type=click.Choice(["once", "good"]), help="Only errors that strike once, or for good.")
 @click.option("--event", help="Only at this blkdebug event, such as l2_update or pwritev.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes to use.")
+@QEMU
+@BISECT
 @SAVE
 @JSON
 def errors(
@@ -36,6 +38,8 @@ def errors(
     lasting: str | None,
     event: str | None,
     jobs: int,
+    qemus: tuple[str, ...],
+    bisect: bool,
     save: Path | None,
     json_path: str | None,
 ) -> None:
@@ -43,7 +47,7 @@ def errors(
 
     The guest goes on, repeats what failed, flushes. What was flushed must be there when the image is opened again.
     """
-    from powercut import sweep
+    from powercut import compare, sweep
     from powercut.report import document
     from powercut.report import errors as report
     from powercut.report.text import progress
@@ -58,13 +62,27 @@ def errors(
         kinds = [word for word in extra.split(",") if word]
         more["workload"] = {"operations": operations, "seed": seed, "with": kinds}
     scenarios = [sweep.scenario_of(format, named_values(options), **more) for format in formats or sweep.FORMATS]
-    results = []
-    for scenario in scenarios:
-        with progress(f"failing {scenario.format}") as show_progress:
-            result = sweep.run(scenario, jobs=jobs, progress=show_progress)
-        saved = sweep.save(result, save or Path("powercut-errors"))
-        results.append((result, saved))
-        if json_path != "-":
-            click.echo(report.text(result, saved))
+    folder = save or Path("powercut-errors")
+
+    def swept(said: bool = True, within: str = "") -> list[tuple[sweep.Result, list[Path]]]:
+        results = []
+        for scenario in scenarios:
+            with progress(f"failing {scenario.format}") as show_progress:
+                result = sweep.run(scenario, jobs=jobs, progress=show_progress)
+            saved = sweep.save(result, folder / within)
+            results.append((result, saved))
+            if said:
+                click.echo(report.text(result, saved))
+        return results
+
+    def side(qemu: str) -> compare.Worked:
+        results = swept(said=False, within=f"qemu-{qemus.index(qemu) + 1}")
+        code = worst(result.verdict for result, _ in results).exit_code
+        return compare.Worked(code, report.cells([result for result, _ in results]), report.document(results))
+
+    if len(qemus) > 1:
+        compared(qemus, side, json_path)
+    with compare.using(qemus[0] if qemus else None):
+        results = swept(said=json_path != "-")
     document.write(report.document(results), json_path)
     sys.exit(worst(result.verdict for result, _ in results).exit_code)

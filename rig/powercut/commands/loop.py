@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from powercut.commands import JSON, named_values
+from powercut.commands import BISECT, JSON, QEMU, compared, named_values
 
 
 @click.command()
@@ -46,7 +46,8 @@ from powercut.commands import JSON, named_values
 @click.option(
     "--after", type=click.FloatRange(0, min_open=True), help="With --disk: seconds.  [default: drawn, 10 to 40]"
 )
-@click.option("--qemu", default="qemu-system-x86_64", metavar="PATH", help="Which QEMU.  [default: the one on PATH]")
+@QEMU
+@BISECT
 @click.option("--accelerator", type=click.Choice(["tcg", "kvm"]), help="[default: kvm where a probe guest booted]")
 @click.option("--jobs", type=click.IntRange(1), help="Guests at once.  [default: one more than there are cores]")
 @click.option(
@@ -58,7 +59,8 @@ from powercut.commands import JSON, named_values
 def loop(
     format: str | None,
     replay: Path | None,
-    qemu: str,
+    qemus: tuple[str, ...],
+    bisect: bool,
     accelerator: str | None,
     loops: int,
     until_proof: str | None,
@@ -71,6 +73,7 @@ def loop(
 
     Exits 0 if no loop failed (CLEAN: how much that proves is printed), 1 if one did, 3 if the guests gave no answer.
     """
+    from powercut import compare
     from powercut import loop as looping
     from powercut.report import document
     from powercut.report import loop as report
@@ -78,17 +81,30 @@ def loop(
 
     if sum(given is not None for given in (format, described["disk"], replay)) != 1:
         raise click.UsageError("give a FORMAT, --disk IMAGE, or --replay DIR")
-    if replay is not None:
-        scenario, number, operation, images = looping.load(replay)
-        again = looping.Loops(scenario, qemu=qemu, accelerator=accelerator)
-        outcome = again.replay(replay, images, number, operation, save)
-    else:
-        running = looping.Loops(_scenario(format, loops, described), qemu=qemu, accelerator=accelerator)
+
+    def looped(qemu: str | None, save: Path) -> looping.Outcome:
+        scenario = _scenario(format, loops, described)
+        running = looping.Loops(scenario, qemu=compare.system(qemu), accelerator=accelerator)
         proof = _rate(until_proof) if until_proof else None
         with progress(lambda: report.title(running.outcome)) as show:
-            outcome = running.run(
+            return running.run(
                 loops=loops, proof=proof, jobs=jobs, save=save, progress=lambda so_far, of: show(so_far.loops, of)
             )
+
+    def side(qemu: str) -> compare.Worked:
+        outcome = looped(qemu, save / f"qemu-{qemus.index(qemu) + 1}")
+        return compare.Worked(outcome.exit_code, report.cells(outcome), report.document(outcome, looping.SCHEMA))
+
+    if replay is None and len(qemus) > 1:
+        compared(qemus, side, json_path)
+    qemu = qemus[0] if qemus else None
+    with compare.using(qemu):
+        if replay is None:
+            outcome = looped(qemu, save)
+        else:
+            scenario, number, operation, images = looping.load(replay)
+            again = looping.Loops(scenario, qemu=compare.system(qemu), accelerator=accelerator)
+            outcome = again.replay(replay, images, number, operation, save)
     document.write(report.document(outcome, looping.SCHEMA), json_path)
     if json_path != "-":
         click.echo(report.text(outcome))

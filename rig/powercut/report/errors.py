@@ -56,6 +56,17 @@ def story(found: Any) -> list[str]:
     return [f"{found.case.injection}", *lines] if found.case.injection else lines
 
 
+def cells(results: list[Any]) -> dict[str, str]:
+    """Lines for a table that compares: each format's verdict, and each way in which things went wrong."""
+    lines = {}
+    for result in results:
+        lines[result.target.format] = str(result.verdict)
+        for found in result.found:
+            name = f"{result.target.format}: {found.way[0]} {found.way[1]}, {_lasting(found.way)}"
+            lines[name] = count(len(found.points) or 1, "run")
+    return lines
+
+
 def document(results: list[tuple[Any, list[Path]]]) -> dict[str, Any]:
     """The results as JSON, schema `powercut.errors/1`."""
     return {"schema": SCHEMA, "results": [one(result, saved) for result, saved in results]}

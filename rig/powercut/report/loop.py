@@ -51,6 +51,12 @@ def text(outcome: Any) -> str:
     return "\n".join(lines)
 
 
+def cells(outcome: Any) -> dict[str, str]:
+    """Lines for a table that compares."""
+    failed = f"{len(outcome.failures):,} of {outcome.loops:,} loops failed, rate below {outcome.bound_text}"
+    return {"verdict": outcome.word, f"ending {outcome.scenario.loop.ending}": failed}
+
+
 def _accelerator(outcome: Any) -> str:
     name, why = outcome.accelerator
     return f"{name} ({why})" if why else str(name)
