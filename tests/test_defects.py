@@ -43,7 +43,7 @@ def test_the_command_prints_a_table_and_a_document(tmp_path: Path) -> None:
     assert "1/1 found, 0 false alarms" in result.output
     board = json.loads(out.read_text())
     assert board["schema"] == "powercut.defects/1"
-    assert board["defects"][0]["methods"]["crash"]["history"]
+    assert board["defects"][0]["methods"]["loops"]["history"]
     assert board["runs_without"] > 0
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from powercut import probes
-from powercut.formats.qcow2.defects import CATALOGUE, Defect
+from powercut.formats.qcow2.defects import CATALOGUE, Defect, Sort
 from powercut.formats.qcow2.driver.practice import Era, Practice
 from powercut.probes import METHODS, Hit
 
@@ -85,11 +85,17 @@ def methods_for(era: Era) -> tuple[str, ...]:
     return METHODS if era is Era.TODAY else ("loops", "races")
 
 
+def order(defect: Defect) -> list[str]:
+    """The ways to look for a defect, the one made for its kind first."""
+    first = {Sort.CRASH: "crash", Sort.ERROR: "errors"}.get(defect.sort, "loops")
+    return sorted(methods_for(defect.era), key=lambda method: method != first)
+
+
 def look(defect: Defect, effort: Effort, seed: int) -> Row:
     """Look for one defect in every way that applies."""
     row = Row(defect)
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
-        for method in methods_for(defect.era):
+        for method in order(defect):
             hit, _ = probes.search(method, defect.planted, seed, effort.scenarios, effort.seconds, Path(scratch))
             row.hits[method] = hit
             if hit is not None:
