@@ -81,8 +81,8 @@ CATALOGUE = (
         "l2-before-refcount",
         "2008-12",
         Sort.CRASH,
-        "The old cluster was given up first, and the L2 table written before the guest's data and before the refcount of "
-        "the new cluster.",
+        "The old cluster was given up first, and the L2 table written before the guest's data and before the refcount "
+        "of the new cluster.",
         "After an unexpected exit neither old nor new data is there, or a cluster in use has refcount 0.",
         "e976c6a1e40ad74d616a186d3b48b0ad8f5eb970",
     ),
