@@ -67,9 +67,9 @@ def using(qemu: str | None) -> Iterator[None]:
 
 
 def system(qemu: str | None) -> str:
-    """The emulator that belongs to `qemu`, to be started while `using` it."""
+    """The emulator that belongs to `qemu`, to be started while `using` it: that program, unless it is a tool."""
     named = shutil.which(qemu) if qemu else None
-    return named if named and "-system-" in Path(named).name else "qemu-system-x86_64"
+    return named if named and Path(named).name not in PROGRAMS else "qemu-system-x86_64"
 
 
 def about(qemu: str) -> str:
