@@ -21,7 +21,10 @@ from powercut.trace import SECTOR
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-KINDS = {"qcow2": ("zero", "discard", "snapshot", "resize"), "raw": ("zero", "discard")}  # besides what all have
+KINDS = {  # besides what all have
+    "qcow2": ("zero", "discard", "snapshot", "resize", "commit"),
+    "raw": ("zero", "discard"),
+}
 KIB, MIB = 1 << 10, 1 << 20
 MOST = 12  # operations in a history that is drawn
 _LARGEST = 5 * MIB  # guest's disk: what has its edges farther out is tried without them
@@ -116,6 +119,7 @@ def _lines(shape: Shape, kinds: tuple[str, ...]) -> SearchStrategy[str]:
         names = st.sampled_from(("s1", "s2"))
         others += [names.map(f"snapshot {verb} {{}}".format) for verb in ("create", "apply", "delete")]
     others += [st.sampled_from(shape.sizes).map(size_text).map("resize {}".format)] if "resize" in kinds else []
+    others += [st.just("commit")] if "commit" in kinds else []
     return st.one_of(write, flush, *others, write, flush, *others, write, st.just("reopen"))
 
 

@@ -66,6 +66,8 @@ class _Reader:
         self._format = scenario.format
         self._backed = scenario.backing is not None
         self._old = scenario.options.get("compat") in ("0.10", "v2")
+        self._base = parse_size(scenario.backing or "0")
+        self._committed = False
         self._snapshots: dict[str, int] = {}  # and how large the disk was
 
     def operation(self, line: str) -> Operation:
@@ -93,6 +95,12 @@ class _Reader:
             raise InputError(f"history: {line!r}: {self._format} knows no such thing")
         if verb is Verb.COMMIT and not self._backed:
             raise InputError(f"history: {line!r}: there is no backing file")
+        if verb is Verb.COMMIT:
+            if self._base < self._size:
+                raise InputError(f"history: {line!r}: the disk is larger than its backing file, which cannot grow")
+            self._committed = True
+        elif self._committed and verb in (Verb.RESIZE, Verb.APPLY):
+            raise InputError(f"history: {line!r}: what this does after a commit is not known")
         if verb is Verb.RESIZE:
             size = parse_size(words[0])
             if size % SECTOR or not size:

@@ -36,7 +36,9 @@ def record(scenario: Scenario, out: Path, progress: Callable[[int, int], None] =
         image, base = scratch / "image", scratch / "base"
         if scenario.backing is not None:
             _stamped_file(base, parse_size(scenario.backing))
-        create_image(image, scenario.format, size, scenario.options, base if scenario.backing is not None else None)
+        # beside a name in its header, QEMU takes no server for an image's backing file
+        named = base if scenario.backing is not None and not _commits(work) else None
+        create_image(image, scenario.format, size, scenario.options, named)
         most = max([size, *(operation.length for operation in work if operation.verb is Verb.RESIZE)])
         host = -(-formats.find(scenario.format).host_size(most) // SECTOR) * SECTOR
         if image.stat().st_size < host:
@@ -100,6 +102,14 @@ def _node(scenario: Scenario, scratch: Path, below: dict[str, Any]) -> dict[str,
     return node
 
 
+@contextmanager
+def _served(path: Path, writer: TraceWriter, file: int, scenario: Scenario) -> Iterator[dict[str, Any]]:
+    """The block node of the file at `path`, behind a server that records it as `file` of the trace."""
+    export = RecordingExport(path, writer, file, frozenset(scenario.record.lie))
+    with Server(export, socket := f"{path}.sock"):
+        yield {"driver": "nbd", "discard": "unmap", "server": {"type": "unix", "path": socket}}
+
+
 def _drive(
     scenario: Scenario,
     work: list[Operation],
@@ -112,8 +122,8 @@ def _drive(
     sizes = [operation.length for operation in work if operation.verb is Verb.RESIZE]
     past: Past | None = None
     if any(operation.verb in (Verb.RESIZE, Verb.APPLY) for operation in work):
-        size, base = parse_size(scenario.size), parse_size(scenario.backing or "0")
-        past = Past(max(size, *sizes, 0), size, min(size, base))
+        size, below = parse_size(scenario.size), parse_size(scenario.backing or "0")
+        past = Past(max(size, *sizes, 0), size, min(size, below))
 
     def counted(begin: int, end: int) -> Iterator[Operation]:
         for done in range(begin, end):
@@ -163,11 +173,17 @@ def _record_nbd(
     progress: Callable[[int, int], None],
 ) -> None:
     image, guest = files
-    export = RecordingExport(scratch / "image", writer, image, frozenset(scenario.record.lie))
-    socket = str(scratch / "image.sock")
-    below = {"driver": "nbd", "discard": "unmap", "server": {"type": "unix", "path": socket}}
-    with Server(export, socket):
-        _drive(scenario, work, _node(scenario, scratch, below), writer, guest, progress)
+    with ExitStack() as stack:
+        below = stack.enter_context(_served(scratch / "image", writer, image, scenario))
+        node = _node(scenario, scratch, below)
+        if _commits(work):
+            node["backing"]["file"] = stack.enter_context(_served(scratch / "base", writer, image + 1, scenario))
+        _drive(scenario, work, node, writer, guest, progress)
+
+
+def _commits(work: list[Operation]) -> bool:
+    """Whether the backing file is written to: then it is recorded too."""
+    return any(operation.verb is Verb.COMMIT for operation in work)
 
 
 def _record_log(

@@ -141,10 +141,12 @@ class _Exploration:
 
 
 def _positions(plan: Plan, trace: Trace) -> list[int]:
-    """The crash positions to visit: every epoch's end, or where faults strike."""
-    image = trace.file("image")
-    assert image is not None
-    return [fault.position for fault in plan.faults] if plan.faults else epochs(trace, image.id)
+    """The crash positions to visit: the end of every epoch of the image and of its backing file, or where faults
+    strike."""
+    if plan.faults:
+        return [fault.position for fault in plan.faults]
+    files = filter(None, (trace.file("image"), trace.file("backing")))
+    return sorted({position for file in files for position in epochs(trace, file.id)})
 
 
 def with_faults(plan: Plan, kinds: Sequence[str], number: int, seed: int) -> Plan:

@@ -67,9 +67,11 @@ class Session:
             self.image = Damaged(self.trace, image, plan.atom, plan.lying, fault)
         judged = guest if "acknowledged" in plan.rules else None
         self.promise = None if judged is None else Promise(self.trace, judged, plan.torn)
-        base = Contents(self.trace, backing) if backing else None
+        self._base: Contents | None = None
+        if backing is not None:
+            self._base = Contents(self.trace, backing, plan.atom, plan.lying, options=plan.options)
         self.format = formats.find(plan.format)
-        self._recording = Recording(self.image, base, self.promise, Tokens(self.trace))
+        self._recording = Recording(self.image, self._base, self.promise, Tokens(self.trace))
         self._format = self.format(self._recording)
         self._external = None
         if plan.checker:
@@ -130,6 +132,8 @@ class Session:
 
     def _by_format(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None:
         rules = {"opens", *self.plan.rules}
+        if self._base is not None and self._base.position < self.image.position:
+            self._base.advance(self.image.position)
 
         def in_scope(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
             if problem.rule in rules:
@@ -145,6 +149,7 @@ class Session:
         """Judge by the format's rules, with no memory of the walk, which is left as it was."""
         image, promise, walking = self.image, self.promise, self._format
         touched, tightened = image.touched[:], promise.tightened[:] if promise else []
+        below = self._base.touched[:] if self._base else []
         self._format = self.format(self._recording)
         try:
             self._by_format(disk, report, enough)
@@ -152,3 +157,5 @@ class Session:
             self._format, image.touched[:] = walking, touched
             if promise is not None:
                 promise.tightened[:] = tightened
+            if self._base is not None:
+                self._base.touched[:] = below

@@ -37,6 +37,7 @@ from powercut.stamp import SECTOR
 from powercut.verdict import Problem, Severity
 
 _NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from the image
+_BASE = 1 << 30  # the backing file's number among the disks that a search decides
 _AT_ONCE = 1 << 20  # guest sectors judged at once: bounds the memory for the arrays
 
 
@@ -99,6 +100,8 @@ class Qcow2:
         if not len(found):
             self._legal = (mapping.entry, mapping.bitmap)
             self._recording.image.touched.clear()
+            if self._recording.backing is not None:
+                self._recording.backing.touched.clear()
             assert self._recording.promise is not None
             self._recording.promise.tightened.clear()
 
@@ -124,7 +127,8 @@ class Qcow2:
             changed[:known] = entry[:known] != self._legal[0][:known]
             if bitmap is not None and self._legal[1] is not None:
                 changed[:known] |= bitmap[:known] != self._legal[1][:known]
-        for first, last in recording.promise.tightened:
+        below = recording.backing.touched if recording.backing is not None else []
+        for first, last in recording.promise.tightened + below:
             changed[first // per_cluster : -(-last // per_cluster)] = True
         if recording.image.touched:
             # A cluster was touched if, of all ranges that begin at or before it, one ends behind it.
@@ -203,7 +207,7 @@ class Qcow2:
         place = int(host[at == sector][0])
         backing = self._recording.backing
         if place == _BACKING and backing is not None and sector < backing.sectors:
-            return CrashDisk(backing), sector
+            return CrashDisk(backing, disk.search, number=_BASE), sector
         return (disk, place) if place >= 0 else None
 
 
