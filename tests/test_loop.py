@@ -211,6 +211,52 @@ def test_command(tmp_path: Path) -> None:
     assert 0.77 < document["bound"] < 0.78
 
 
+@pytest.mark.parametrize("ending", ["sigkill", "guest-poweroff"])
+def test_files_in_ext4(ending: str, tmp_path: Path) -> None:
+    hardware()
+    described = replace_backing(scenario(ending=ending, filesystem="ext4", operations=12))
+    outcome = Loops(described, accelerator="tcg").run(loops=1, save=tmp_path)
+    assert outcome.word == "CLEAN", [failure.cycled for failure in outcome.failures + outcome.unknown]
+    assert outcome.operations["flushed"] >= 3
+
+
+def break_a_file(running: Running) -> None:
+    """Every sector of a stamp's operation 2 is gone; the file system does not know."""
+    path = running.images[0].path
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data), 512):
+        if data[at : at + 8] == (2).to_bytes(8, "little") and data[at : at + 32] == data[at + 32 : at + 64]:
+            data[at : at + 512] = bytes(512)
+    path.write_bytes(data)
+
+
+def break_the_superblock(running: Running) -> None:
+    """A count in the superblock is wrong (ext4, s_free_blocks_count_lo and s_checksum are not touched together)."""
+    path = running.images[0].path
+    data = bytearray(path.read_bytes())
+    data[1024 + 12 : 1024 + 16] = bytes(4)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [(break_a_file, "file-content"), (break_the_superblock, "e2fsck")])
+def test_control_files_in_ext4(
+    fault: Callable[[Running], None], kind: str, tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware()
+    quits = endings.find("quit")
+
+    def end(running: Running) -> None:
+        quits.end(running)
+        fault(running)
+
+    monkeypatch.setattr(endings, "find", lambda name: replace(quits, end=end))
+    described = replace_backing(scenario("raw", filesystem="ext4", operations=8))
+    outcome = Loops(described, accelerator="tcg").run(loops=1, save=tmp_path)
+    found = [problem.kind for failure in outcome.failures for problem in failure.cycled.problems]
+    planted(f"loop: ext4 {kind}", kind in found)
+    assert kind in found
+
+
 # A boot sector that writes itself to sector 2 of one track after the other, by the BIOS, and never stops:
 # cli; ax = ds = es = ss = 0; sp = 0x7c00; sti; cx = 2
 # again: ax = 0x301; bx = 0x7c00; dx = 0x80; int 0x13; inc ch; jmp again
@@ -276,6 +322,7 @@ def test_a_scenario_of_loops_in_the_gate(tmp_path: Path) -> None:
         ("loop qcow2 --option nothing=1", "Invalid parameter 'nothing'"),
         ("loop nothing", "Unknown file format 'nothing'"),
         ("loop qcow2 --aio native", "requires cache.direct=on"),
+        ("loop qcow2 --filesystem ext4 --backing 16M", "without a backing file"),
         ("loop --disk /nonexistent/disk", "/nonexistent/disk: No such file"),
         ("loop --disk /dev/null", "is no file"),
         ("loop --disk README.md --ending guest-panic", "needs our agent"),

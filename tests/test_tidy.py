@@ -30,7 +30,7 @@ FLOORS = [
     {"inflight", "injection"},
     {"run", "sets", "record", "modelled", "races", "histories"},
     {"cycle"},
-    {"cut", "brought"},
+    {"cut", "brought", "mounted"},
     {"loop", "bundle", "sweep", "inspection"},
     {"modelloop"},
     {"gate", "replay", "rescue", "compare"},

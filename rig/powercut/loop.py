@@ -31,6 +31,7 @@ from powercut.guest.hardware import Hardware
 from powercut.guest.kernel import kernel
 from powercut.guest.machine import kill_all
 from powercut.guest.scratch import scratch
+from powercut.mounted import FileLane
 from powercut.scenario import Scenario, parse_size
 from powercut.trace import SECTOR
 from powercut.verdict import Severity
@@ -184,8 +185,14 @@ class Loops:
 
     def _lane(self, folder: Path) -> Lane:
         assert self._scenario.loop is not None
-        brought = self._scenario.loop.disk is not None
-        kind = BroughtLane if brought else CutLane if self._ending.recorded else Lane
+        plan = self._scenario.loop
+        kind: type[Lane] = Lane
+        if plan.disk is not None:
+            kind = BroughtLane
+        elif plan.filesystem is not None:
+            kind = FileLane
+        elif self._ending.recorded:
+            kind = CutLane
         return kind(self._scenario, self._hardware, folder)
 
     def replay(self, folder: Path, images: list[Path], number: int, operation: int, save: Path) -> Outcome:

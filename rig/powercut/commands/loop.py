@@ -27,6 +27,7 @@ from powercut.commands import BISECT, JSON, QEMU, compared, named_values
 @click.option("--size", default="64M", show_default=True, help="Size of each of the guest's disks.")
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--backing", metavar="SIZE", help="Put each image on a read-only backing file of this size.")
+@click.option("--filesystem", help="ext4: files are written, fsynced and renamed, in place of requests to the disk.")
 @click.option("--fresh", is_flag=True, help="New images for each loop.  [default: the same again]")
 @click.option(
     "--start", default="restore", show_default=True, help="restore (from a template in memory), plug or boot."
@@ -142,6 +143,7 @@ def _scenario(format: str | None, loops: int, described: dict[str, Any]) -> Any:
                 "moment": described["moment"],
                 "cpu": described["cpu"],
                 "memory": described["memory"] or (1024 if disk else 96),
+                "filesystem": described["filesystem"],
                 "disk": disk,
                 "after": described["after"],
             },

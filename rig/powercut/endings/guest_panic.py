@@ -8,7 +8,6 @@ AGENT = True
 
 
 def end(running: Running) -> None:
-    assert running.writing is not None
     running.machine.ask("set-action", reboot="shutdown")
     running.machine.agent.panic()
     running.machine.wait_event("SHUTDOWN", reason="guest-reset")

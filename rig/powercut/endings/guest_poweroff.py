@@ -8,6 +8,5 @@ AGENT = True
 
 
 def end(running: Running) -> None:
-    assert running.writing is not None
     running.machine.agent.poweroff()
     running.machine.wait_end()

@@ -4,7 +4,7 @@ import copy
 
 from powercut.endings import Running
 from powercut.endings.savevm_quit import PATIENCE, savevm
-from powercut.errors import EnvironmentFault
+from powercut.errors import EnvironmentFault, InputError
 from powercut.guest.ledger import Keeps
 
 KEEPS = Keeps.COMPLETED
@@ -15,7 +15,8 @@ _MORE = 20  # answers of the guest's disk between the two
 
 def end(running: Running) -> None:
     machine, writing = running.machine, running.writing
-    assert writing is not None
+    if writing is None:
+        raise InputError("ending loadvm-quit does not go with --filesystem")
     writing.drain()
     then = copy.deepcopy(writing.ledgers)
     savevm(running, "loop")

@@ -113,9 +113,9 @@ class Agent:
         """Mount the ext4 on disk number `disk`."""
         self.ask("mount", disk)
 
-    def file(self, name: str, length: int, op: int) -> None:
-        """Write a file of stamps, fsync it, and rename it to `name`; it is on the disk when this returns."""
-        self.ask("file", name, length, op)
+    def file(self, tag: int, name: str, length: int, op: int) -> None:
+        """Ask for a file of stamps, fsynced and renamed to `name`: it is safe when the answer comes."""
+        self.say("file", tag, name, length, op)
 
     def poweroff(self) -> None:
         """Let the guest flush its disks and switch the machine off."""

@@ -22,6 +22,7 @@ from typing import IO, NamedTuple
 
 from powercut import compiled
 from powercut.errors import EnvironmentFault
+from powercut.guest import bzimage
 
 META_PACKAGE = "linux-image-cloud-amd64"
 AGENT_FLAGS = ("-O2", "-static", "-s", "-w")
@@ -52,7 +53,9 @@ def kernel() -> Kernel:
         with open(partial, "wb") as out:
             _write_cpio(out, agent, modules)
         partial.replace(initramfs)
-    return Kernel(home.name.removeprefix("kernel-"), home / "vmlinuz", initramfs)
+    plain = home / "vmlinux"
+    image = plain if plain.exists() else home / "vmlinuz"
+    return Kernel(home.name.removeprefix("kernel-"), image, initramfs)
 
 
 def kept() -> Path | None:
@@ -112,7 +115,11 @@ def _take(package: Path, to: Path) -> None:
                 if content is None:
                     continue
                 if name.name.startswith("vmlinuz-"):
-                    (to / "vmlinuz").write_bytes(content.read())
+                    image = content.read()
+                    (to / "vmlinuz").write_bytes(image)
+                    plain = bzimage.unpacked(image)
+                    if plain is not None:
+                        (to / "vmlinux").write_bytes(plain)
                 elif name.suffix == ".ko":
                     modules[name.stem.replace("-", "_")] = content.read()
     for number, module in enumerate(dict.fromkeys(_in_order(modules, MODULES))):

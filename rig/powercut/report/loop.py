@@ -32,7 +32,7 @@ def text(outcome: Any) -> str:
     if outcome.checks:
         recordings, together = count(len(outcome.states), "recording"), states(sum(outcome.states))
         lines.append(f"  explored  {recordings}, together {together} crash states in {outcome.checks:,} checks")
-    images = "a new image each" if plan.fresh or outcome.checks else "images used again"
+    images = "a new image each" if plan.fresh or plan.filesystem or outcome.checks else "images used again"
     disks = f"{count(plan.disks, plan.device + ' disk')} of {scenario.size}"
     if plan.disk is not None:
         disks = f"an overlay on {plan.disk} as {plan.device} disk"
