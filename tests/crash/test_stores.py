@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from powercut.capture.store import RecordingStore
@@ -241,7 +241,7 @@ def record(path: Path, plan: list[Step]) -> Path:
 
 @pytest.mark.parametrize("directory", ["posix", "ordered"])
 @given(plan=steps)
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_every_state_and_no_other(directory, plan):
     with tempfile.TemporaryDirectory() as scratch:
         path = record(Path(scratch) / "t", plan)
@@ -256,6 +256,10 @@ def test_every_state_and_no_other(directory, plan):
 
 
 @given(first=steps, second=more)
+@example(
+    first=BEGINNINGS[3],
+    second=[Step("truncate", "a"), Step("write", "a", 1, 3, 5), Step("write", "a", 3, 2, 2), Step("create", "a")],
+)
 @settings(max_examples=60)
 def test_every_state_of_a_crash_inside_a_recovery(first, second):
     with tempfile.TemporaryDirectory() as scratch:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
 
+_PAGE = 4096
 CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
 _MAP_NORESERVE = 0x4000
 
@@ -82,7 +83,9 @@ class Table:
             most = np.maximum.accumulate(np.append(initial, end[written]))
             before = np.searchsorted(events["issued"][written], events["completed"][cuts])
             begin[cuts] = events["length"][cuts]
-            end[cuts] = np.maximum(begin[cuts], most[before])
+            # To the end of a page: what lies behind the file's end is zeros, and need not be composed.
+            last = -(-most[before] // _PAGE) * _PAGE
+            end[cuts] = np.where(most[before] > begin[cuts], last, begin[cuts])
         first, last = begin // SECTOR, -(-end // SECTOR)
         self.begin: list[int] = begin.tolist()
         self.end: list[int] = end.tolist()
