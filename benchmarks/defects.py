@@ -29,6 +29,7 @@ from powercut.trace import SECTOR, Kind, Trace
 
 LIMIT = 30.0  # seconds for a rival
 SUBSETS = 20  # random states at each point
+SHARE = 250  # histories between two reports
 LARGEST = 64 << 20  # disks that are recorded
 
 
@@ -117,12 +118,12 @@ def alarms(seed: int, histories: int) -> list[str]:
 def main(histories: int, jobs: int) -> None:
     begin = time.monotonic()
     if histories:
+        count = -(-histories // SHARE)
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            shares = pool.map(alarms, range(100, 100 + jobs), [histories // jobs] * jobs)
-            found = [alarm for share in shares for alarm in share]
-        print(f"{len(found)} false alarms in {histories // jobs * jobs:,} histories, {time.monotonic() - begin:.0f} s")
-        for alarm in found:
-            print(f"  {alarm}")
+            done, found = 0, 0
+            for share in pool.map(alarms, range(100, 100 + count), [SHARE] * count):
+                done, found = done + SHARE, found + len(share)
+                print(*share, f"{found} false alarms in {done:,} histories, {time.monotonic() - begin:.0f} s", sep="\n")
         return
     print(report.text(scoreboard.board(jobs=jobs)))
     print(f"\n{'crash order, by rivals with qemu-img check':44} {'prefixes':>28} {'random subsets':>28}")

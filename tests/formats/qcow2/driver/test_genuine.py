@@ -114,7 +114,9 @@ async def _at(name: str) -> bytes:
 
 
 @needs_qemu
-@pytest.mark.parametrize("options", ["cluster_size=4k", "compat=0.10", "lazy_refcounts=on,cluster_size=512"])
+@pytest.mark.parametrize(
+    "options", ["cluster_size=4k", "compat=0.10", "lazy_refcounts=on,cluster_size=512", "refcount_bits=64"]
+)
 def test_the_model_reads_and_goes_on_with_what_qemu_writes(tmp_path: Path, options: str) -> None:
     path, raw, packed = tmp_path / "image", tmp_path / "raw", tmp_path / "packed"
     assert qemu("qemu-img", "create", "-f", "qcow2", "-o", options, path, "2M").returncode == 0
@@ -161,3 +163,15 @@ def test_the_loops_of_the_thread_end_as_they_did(planted: Callable[[str, bool], 
     assert file.content[:16].hex() == "00000000000fc00000000000000fd000"
     count, offset = int.from_bytes(file.content[60:64], "big"), int.from_bytes(file.content[64:72], "big")
     assert (count, offset) == (3, 375 * 4096), "the live snapshot table, patched into the L2 table"
+
+
+@needs_qemu
+def test_bitmaps_that_are_not_kept_up_to_date_are_not_believed_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    assert qemu("qemu-img", "create", "-f", "qcow2", path, "1M").returncode == 0
+    assert qemu("qemu-img", "bitmap", "--add", path, "dirt").returncode == 0
+    assert "dirt" in qemu("qemu-img", "info", path).stdout
+    file = MemoryFile(path.read_bytes())
+    run(run(open_image(), file).close(), file)
+    path.write_bytes(file.content)
+    assert "dirt" not in qemu("qemu-img", "info", path).stdout

@@ -14,6 +14,7 @@ from powercut.formats.qcow2.driver.repair import rebuild
 from powercut.formats.qcow2.header import Header, read_header
 
 TODAY = Practice()
+_AUTOCLEAR_FIELD = 88  # of the header: autoclear_features
 
 
 async def open_image(practice: Practice = TODAY, backing: Backing | None = None) -> Image:
@@ -29,6 +30,8 @@ async def open_image(practice: Practice = TODAY, backing: Backing | None = None)
     image = Image(practice, header, l1, unpack(await host.read(header.refcount_table_offset, length)))
     image.backing = backing
     await snapshots.table(image)
+    if header.autoclear:  # what this driver does not keep up to date (bitmaps) must not be believed any more
+        await image.patch_header(_AUTOCLEAR_FIELD, bytes(8))
     if image.dirty:
         await rebuild(image)
     return image
