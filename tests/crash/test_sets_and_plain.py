@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from powercut import run
 from powercut.record import record
 from powercut.scenario import from_options
-from powercut.trace import Flag, Kind, Trace, TraceWriter
+from powercut.trace import Kind, Trace
 from powercut.verdict import Verdict
+from support.orders import image_events, needed, rewritten, steps_of, swapped
 from support.qemu import needs_qemu
 
 pytestmark = needs_qemu
@@ -64,51 +64,6 @@ def test_sets_and_the_plain_search_say_the_same(tmp_path, figure, cluster, lie, 
 
 # ---- faults of order
 
-Step = tuple[str, int]  # "issue" or "complete", and the index of the event
-
-
-def steps_of(trace: Trace) -> list[Step]:
-    """The order in which events were issued and completed."""
-    events = trace.events
-    steps = [(int(p), "issue", i) for i, p in enumerate(events["issued"])]
-    steps += [(int(p), "complete", i) for i, p in enumerate(events["completed"]) if p < trace.length]
-    return [(what, i) for _, what, i in sorted(steps)]
-
-
-def rewritten(trace: Trace, out: Path, steps: list[Step], lied: frozenset[int] = frozenset()) -> Path:
-    """A copy of `trace` with its events in the order of `steps`; those that `steps` lacks never happened, and those
-    of `lied` were acknowledged and not done."""
-    guest = trace.file("guest")
-    with TraceWriter(out, trace.meta) as writer:
-        for info in trace.files:
-            writer.file(info.name, info.size, info.role)
-        for file, offset, length, row in trace.bases.tolist():
-            writer.base(file, offset, trace.rows[row : row + length // 512].tobytes())
-        positions: dict[int, int] = {}
-        for what, i in steps:
-            event = trace.events[i]
-            if what == "complete":
-                writer.complete(positions[i], int(event["result"]))
-                continue
-            kind, file = Kind(event["kind"]), int(event["file"])
-            bears = kind is Kind.WRITE and (guest is None or file != guest.id)
-            positions[i] = writer.issue(
-                kind,
-                file,
-                int(event["offset"]),
-                int(event["length"]),
-                data=bytes(trace.payload(event)) if bears else None,
-                flags=int(event["flags"]) | (int(Flag.LIED) if i in lied else 0),
-                ref=int(event["ref"]),
-            )
-    return out
-
-
-def image_events(trace: Trace, kind: Kind) -> list[int]:
-    image = trace.file("image")
-    assert image is not None
-    return np.flatnonzero((trace.events["file"] == image.id) & (trace.events["kind"] == kind)).tolist()
-
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
@@ -126,25 +81,6 @@ def test_control_a_copy_is_the_same_trace(tmp_path, honest):
     outcome, before = explored(copy), explored(Path(honest.path))
     assert outcome.verdict is Verdict.HOLDS
     assert outcome.coverage == before.coverage
-
-
-def needed(trace: Trace) -> list[int]:
-    """The last flush of the image within each flush of the guest that has writes to cover which no flush before it
-    covers: without it, what the guest is told right after it is not true."""
-    events, guest = trace.events, trace.file("guest")
-    assert guest is not None
-    flushes, writes = image_events(trace, Kind.FLUSH), image_events(trace, Kind.WRITE)
-    asked = np.flatnonzero((events["file"] == guest.id) & (events["kind"] == Kind.FLUSH))
-    found = []
-    for begin, end in events[asked][["issued", "completed"]].tolist():
-        inside = [f for f in flushes if begin < events["issued"][f] and events["completed"][f] < end]
-        if not inside:
-            continue
-        flush = inside[-1]
-        since = max((int(events["issued"][f]) for f in flushes if f < flush), default=-1)
-        if any(since < events["completed"][w] < events["issued"][flush] for w in writes):
-            found.append(flush)
-    return found
 
 
 def idle(trace: Trace) -> list[int]:
@@ -202,19 +138,14 @@ def test_writes_swapped_across_a_flush(tmp_path, honest, planted, figure):
     Whether that is a fault depends on what the two are. The earlier one arriving late breaks what the flush promised
     wherever it is relied on; two refcount updates of clusters that nothing points to yet may change places freely.
     """
-    steps = steps_of(honest)
-    writes, flushes = set(image_events(honest, Kind.WRITE)), image_events(honest, Kind.FLUSH)
-    must = set(needed(honest))
+    flushes, must = image_events(honest, Kind.FLUSH), set(needed(honest))
     tried = found = 0
     late_found, late = 0, 0
     for flush in flushes:
-        at = steps.index(("issue", flush))
-        before = next((i for what, i in reversed(steps[:at]) if what == "issue" and i in writes), None)
-        after = next((i for what, i in steps[at:] if what == "issue" and i in writes), None)
-        if before is None or after is None:
+        steps = swapped(honest, flush)
+        if steps is None:
             continue
-        swap = {before: after, after: before}
-        outcome = explored(rewritten(honest, tmp_path / "t", [(what, swap.get(i, i)) for what, i in steps]))
+        outcome = explored(rewritten(honest, tmp_path / "t", steps))
         tried += 1
         found += outcome.verdict is Verdict.BROKEN
         if flush in must:
