@@ -31,7 +31,6 @@ Version 1. A reader refuses any other version.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import enum
 import json
@@ -41,6 +40,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -95,6 +95,9 @@ EVENT = np.dtype(
         ("ref", "<i8"),
     ]
 )
+_COMPLETION = np.dtype([("ref", "<i8"), ("position", "<i8"), ("result", "<i8")])
+_PAYLOAD = np.dtype([("begin", "<i8"), ("stored", "<i8"), ("digest", "<u8")])
+_MANY = 1 << 16  # records
 
 
 class Kind(enum.IntEnum):
@@ -289,6 +292,28 @@ class TraceWriter:
         self.close(complete=kind is None)
 
 
+def _tuples(rows: NDArray[Any]) -> Iterator[tuple[int, ...]]:
+    for begin in range(0, len(rows), _MANY):
+        yield from rows[begin : begin + _MANY].tolist()
+
+
+class _Rows:
+    """Rows of an array that grows, as tuples while they are few: a tuple takes ten times the memory."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.new: list[tuple[int, ...]] = []
+        self._dtype = dtype
+        self._parts = [np.zeros(0, dtype=dtype)]
+
+    def fold(self) -> None:
+        self._parts.append(np.array(self.new, dtype=self._dtype))
+        self.new.clear()
+
+    def whole(self) -> NDArray[Any]:
+        self.fold()
+        return np.concatenate(self._parts)
+
+
 class Trace:
     """A trace file, memory mapped.
 
@@ -325,17 +350,18 @@ class Trace:
     def _walk(self, size: int) -> None:
         """Read every record's header, in order, up to the last whole record."""
         mapped, unpack, crc32 = self._map, _HEADER.unpack_from, zlib.crc32
-        issues: list[tuple[int, ...]] = []
-        completions: list[tuple[int, int, int]] = []
+        issues, completions, payloads = _Rows(EVENT), _Rows(_COMPLETION), _Rows(_PAYLOAD)
         bases: list[tuple[int, int, int, int]] = []
         digests = xxhash.xxh3_128()
-        self._payloads: list[tuple[int, int, int]] = []
         place, position = 2 * SECTOR, 0
         released = place
         while place < size:
             if place - released > _RELEASE:
                 self.release()
                 released = place
+            if position % _MANY == 0:
+                for rows in (issues, completions, payloads):
+                    rows.fold()
             if place + RECORD.itemsize > size:
                 self.truncated = f"{self.path}: ends within the record at byte {place}; read up to there"
                 break
@@ -360,13 +386,13 @@ class Trace:
                         f"{self.path}: ends within the payload of the record at byte {place}; read up to there"
                     )
                     break
-                self._payloads.append((begin, stored, digest))
+                payloads.new.append((begin, stored, digest))
             if kind in _EVENTS:
                 if kind in _CONTENTS:
                     self._check_file(place, kind, file, length, stored)
-                issues.append((kind, flags, file, result, offset, length, position, NEVER, row, ref))
+                issues.new.append((kind, flags, file, result, offset, length, position, NEVER, row, ref))
             elif kind == Kind.COMPLETE:
-                completions.append((ref, position, result))
+                completions.new.append((ref, position, result))
             elif kind == Kind.FILE:
                 about = self._json(place, begin, stored, digest)
                 name, role = about.get("name"), about.get("role")
@@ -384,10 +410,12 @@ class Trace:
             place, position = after, position + 1
         self.length = position
         self.hash = digests.hexdigest()
-        self.events = np.array(issues, dtype=EVENT) if issues else np.zeros(0, dtype=EVENT)
+        self.events = issues.whole()
+        self._payloads = payloads.whole()
         self.bases = np.array(bases, dtype=np.int64).reshape(-1, 4)
-        if completions:
-            refs, positions, results = np.array(completions, dtype=np.int64).T
+        done = completions.whole()
+        if len(done):
+            refs, positions, results = done["ref"], done["position"], done["result"]
             index = np.searchsorted(self.events["issued"], refs)
             known = index < len(self.events)
             if not known.all() or (self.events["issued"][index] != refs).any() or (refs >= positions).any():
@@ -419,7 +447,7 @@ class Trace:
         """Compare every payload with its digest. Raises InputError naming the first that differs."""
         view = memoryview(self._map)
         read = 0
-        for begin, stored, digest in self._payloads:
+        for begin, stored, digest in _tuples(self._payloads):
             if xxhash.xxh3_64_intdigest(view[begin : begin + stored]) != digest:
                 raise InputError(
                     f"{self.path}: damaged payload at byte {begin} ({stored} bytes): digest does not match"
@@ -445,8 +473,8 @@ class Trace:
         if not row:
             return {}
         begin = (row + 1) * SECTOR + int(event["offset"]) % SECTOR
-        at = bisect.bisect_left(self._payloads, (begin, 0, 0))
-        _, stored, digest = self._payloads[at]
+        at = np.searchsorted(self._payloads["begin"], begin)
+        _, stored, digest = self._payloads[at].tolist()
         return self._json(begin, begin, stored, digest)
 
     def file(self, role: str) -> FileInfo | None:

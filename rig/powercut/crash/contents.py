@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import CHANGES, Durability, sparse_zeros, table
+from powercut.crash.model import CHANGES, Durability, column, sparse_zeros, table
 from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
 from powercut.stamp import GARBAGE, decode
@@ -86,14 +86,14 @@ class Contents(Durability):
         self.writer = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
         self.rows: Any = sparse_zeros(self.sectors, np.int64)
         events = trace.events
-        self._row: list[int] = events["row"].tolist()
+        self._row = column(events["row"])
         for _, offset, length, row in trace.bases[trace.bases[:, 0] == file.id].tolist():
             first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
             self.rows[first:last] = np.arange(row, row + last - first)
         self._composed: list[Bytes] = []
-        self._partial = {
-            e for e in self.events if (self._begin[e] % atom or self._end[e] % atom) and self._begin[e] < self._end[e]
-        }
+        mine = np.asarray(self.events)
+        begin, end = np.asarray(self._begin)[mine], np.asarray(self._end)[mine]
+        self._partial = set(mine[((begin | end) % atom != 0) & (begin < end)].tolist())
         # What a reader would see if nothing were lost: needed only to compose atoms that are written in part.
         self._newest: Any = self.rows.copy() if self._partial else None
         self._edges: dict[int, dict[int, Rows]] = {}

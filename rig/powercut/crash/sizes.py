@@ -11,7 +11,7 @@ size that grew without bytes reads as zeros. A truncation changes the size at on
 
 from __future__ import annotations
 
-from powercut.crash.model import Walk, table
+from powercut.crash.model import Walk, column, table
 from powercut.trace import FileInfo, Kind, Trace
 
 _RESIZING = (Kind.WRITE, Kind.ZERO, Kind.TRUNCATE)
@@ -23,7 +23,7 @@ class Sizes(Walk):
     def __init__(self, trace: Trace, file: FileInfo, lying: int = 0) -> None:
         super().__init__(trace, file.id, _RESIZING, lying)
         self._end = table(trace).end
-        self._length: list[int] = trace.events["length"].tolist()
+        self._length = column(trace.events["length"])
         self.durable = file.size
 
     def settle(self, event: int) -> None:
