@@ -35,7 +35,7 @@ FLOORS = [
     {"modelloop"},
     {"gate", "replay", "rescue", "compare"},
     {"fuzz", "probes"},
-    {"scoreboard"},
+    {"scoreboard", "rerecord"},
     {"commands"},
     {"cli", "__main__"},
 ]

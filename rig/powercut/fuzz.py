@@ -26,12 +26,11 @@ from typing import Any
 
 import msgspec
 
-from powercut import formats, gate, histories, record, run
+from powercut import bundle, formats, gate, histories, record, run
 from powercut.errors import InputError, PowercutError
 from powercut.guest.daemon import version
 from powercut.report import outcome as reports
 from powercut.scenario import Scenario
-from powercut.session import Plan
 from powercut.verdict import Verdict
 
 BUDGET = 20_000  # checks for one history; what needs more is UNKNOWN
@@ -54,7 +53,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A defect: its shortest scenario, the file it was written to, and how often the gate saw it again there."""
+    """A defect: its shortest scenario, the file it was written to, and how often the gate saw it again there; `replay`
+    is a command that shows its crash state, from a bundle that needs nothing else."""
 
     scenario: Scenario
     way: Way
@@ -102,7 +102,8 @@ def look(scenario: Scenario, trace: Path | None = None) -> tuple[Seen, run.Outco
         place = trace or Path(scratch) / "history.trace"
         try:
             record.record(scenario, place)
-            outcome = run.explore_trace(Plan(str(place), scenario.format), budget=BUDGET, jobs=1)
+            plan = gate.plan_of(scenario, place)
+            outcome = run.explore_trace(plan, budget=scenario.explore.budget or BUDGET, jobs=1)
         except PowercutError as error:
             return Seen(Verdict.UNKNOWN, reason=re.sub(r"\S*/powercut-\S*", "...", str(error))), None
     broken: dict[Way, str] = {}
@@ -143,7 +144,7 @@ class Search:
         qemu = version()
         scenario = msgspec.structs.replace(
             scenario,
-            about=f"Found by powercut fuzz with QEMU {qemu}: {text}",
+            about=f"Found by powercut with QEMU {qemu}: {text}",
             expect="BROKEN",
             rule=way[0],
             qemu=(".".join(qemu.split(".")[:2]),),
@@ -161,9 +162,10 @@ class Search:
         for _ in range(CONFIRM if scenario.workload.depth > 1 else 1):
             _, outcome = look(scenario, file.with_suffix(".trace"))
             saved = reports.save(outcome.findings if outcome else [], file.with_suffix(".findings"))
-            mine = [item.replay for item in saved if (item.finding.rule, item.finding.kind) == way]
+            mine = [item.path for item in saved if (item.finding.rule, item.finding.kind) == way]
             if mine:
-                replay = mine[0]
+                bundle.write(str(mine[0]), str(file.with_suffix(".zip")))
+                replay = f"powercut replay {file.with_suffix('.zip')} --out crash.img"
                 break
         with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
             runs = [gate.run_all([file], 1, Path(scratch), quiet=True)[0] for _ in range(CONFIRM)]

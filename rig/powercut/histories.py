@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from powercut.operations import possible
-from powercut.scenario import Recording, Scenario, Workload
+from powercut.scenario import Recording, Scenario, Workload, size_text
 from powercut.trace import SECTOR
 
 if TYPE_CHECKING:
@@ -30,14 +30,6 @@ MOST = 12  # operations in a history that is drawn
 _LARGEST = 5 * MIB  # guest's disk: what has its edges farther out is tried without them
 _CLUSTERS = (64 * KIB, 4 * KIB, 512, 16 * KIB, 1 * KIB)
 _EXTENDED = 16 * KIB  # the smallest cluster that extended L2 entries allow
-
-
-def size_text(size: int) -> str:
-    """ "2M", "66k" or "512": the shortest way to write a size in a scenario."""
-    for unit, letter in ((MIB, "M"), (KIB, "k")):
-        if size and size % unit == 0:
-            return f"{size // unit}{letter}"
-    return str(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +191,11 @@ def toml(scenario: Scenario) -> str:
     """The scenario as the text of a file."""
     import tomlkit
 
-    keys = msgspec.to_builtins(scenario)
-    plain = msgspec.to_builtins(Scenario(about="", expect="HOLDS"))
-    changed = {key: value for key, value in keys.items() if value != plain[key] and key not in ("workload", "record")}
+    keys, plain = msgspec.to_builtins(scenario), msgspec.to_builtins(Scenario(about="", expect="HOLDS"))
+    changed = {key: value for key, value in keys.items() if value != plain[key]}
+    for part in ("record", "explore"):
+        if part in changed:
+            changed[part] = {key: value for key, value in changed.pop(part).items() if value != plain[part][key]}
+    changed.pop("workload", None)
     changed |= {"workload": {"depth": scenario.workload.depth, "history": list(scenario.workload.history)}}
-    if scenario.record.lie:
-        changed["record"] = {"lie": list(scenario.record.lie)}
-    if scenario.errors:
-        changed["errors"] = {key: value for key, value in changed["errors"].items() if value is not None}
     return tomlkit.dumps(changed)

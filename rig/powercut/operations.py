@@ -8,7 +8,7 @@ import msgspec
 
 from powercut.errors import InputError
 from powercut.guest.workload import KINDS, Operation, Verb, draw
-from powercut.scenario import Scenario, parse_size
+from powercut.scenario import Scenario, parse_size, size_text
 from powercut.trace import SECTOR, Kind
 
 _VERBS = {str(verb): verb for verb in Verb}
@@ -35,6 +35,18 @@ def operations(scenario: Scenario) -> list[Operation]:
     elif scenario.record.no_flush:
         raise InputError("no_flush does nothing over nbd")
     return work
+
+
+def line(operation: Operation) -> str:
+    """The line of a history that says this."""
+    if operation.verb is Verb.RESIZE:
+        return f"{operation.verb} {size_text(operation.length)}"
+    if operation.verb is not None:
+        return f"{operation.verb} {operation.name}".strip()
+    if operation.kind is Kind.FLUSH:
+        return "flush"
+    where = f"{size_text(operation.offset)} {size_text(operation.length)}"
+    return f"{operation.kind.name.lower()} {where}{' unmap' if operation.unmap else ''}"
 
 
 def possible(scenario: Scenario) -> Scenario:

@@ -139,6 +139,14 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].lower()]
 
 
+def size_text(size: int) -> str:
+    """ "2M", "66k" or "512": the shortest way to write a size in a scenario."""
+    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if size and size % unit == 0:
+            return f"{size // unit}{letter}"
+    return str(size)
+
+
 def from_options(options: dict[str, Any]) -> Scenario:
     """The scenario that command line options describe. Raises InputError."""
     try:

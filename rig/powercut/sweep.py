@@ -22,10 +22,10 @@ from powercut.errors import InputError
 from powercut.faults.blkdebug import EVENTS, Injection
 from powercut.guest.daemon import version
 from powercut.guest.workload import Operation, Verb
-from powercut.histories import size_text, toml
+from powercut.histories import toml
 from powercut.injection import LAYOUTS, Case, Fault, Ran, Rig, Target, cluster, told
 from powercut.operations import operations
-from powercut.scenario import Errors, Scenario, Workload, from_options, parse_size
+from powercut.scenario import Errors, Scenario, Workload, from_options, parse_size, size_text
 from powercut.verdict import Severity, Verdict
 
 CONFIRM = 3  # times that a finding is run again

@@ -34,6 +34,7 @@ COMMANDS = (
     "explore",
     "replay",
     "bundle",
+    "shrink",
     "check",
     "rescue",
     "gate",

@@ -17,9 +17,9 @@ from typing import Protocol
 import msgspec
 
 from powercut.formats.qcow2.driver.practice import Practice
-from powercut.histories import KIB, Shape, scenario, size_text
+from powercut.histories import KIB, Shape, scenario
 from powercut.operations import possible
-from powercut.scenario import Scenario
+from powercut.scenario import Scenario, size_text
 
 METHODS = ("crash", "loops", "races", "errors", "media")
 _LONGEST = 8  # operations in a scenario, before it is shrunk

@@ -29,15 +29,47 @@ def text(result: Any) -> str:
     if result.of and result.examples < result.of:
         lines.append("  because   the time was up")
     for found in result.found:
-        scenario = found.scenario
-        options = [f"{key}={value}" for key, value in scenario.options.items()]
-        options += [f"backing {scenario.backing}"] if scenario.backing else []
-        about = ", ".join([*options, f"size {scenario.size}", f"depth {scenario.workload.depth}"])
-        lines += ["", f"  {found.text}", f"    image     {about}"]
-        lines.append(f"    history   {'; '.join(scenario.workload.history)}")
-        lines.append(f"    powercut gate {found.file}  # BROKEN in {found.confirmed} of {found.runs} runs")
-        lines += [f"    {found.replay}"] if found.replay else []
+        lines += ["", *_story(found)]
     return "\n".join(lines)
+
+
+def _story(found: Any) -> list[str]:
+    """A finding, the image and the history that lead to it."""
+    scenario = found.scenario
+    options = [f"{key}={value}" for key, value in scenario.options.items()]
+    options += [f"backing {scenario.backing}"] if scenario.backing else []
+    about = ", ".join([*options, f"size {scenario.size}", f"depth {scenario.workload.depth}"])
+    lines = [f"  {found.text}", f"    image     {about}"]
+    lines.append(f"    history   {'; '.join(scenario.workload.history)}")
+    lines.append(f"    powercut gate {found.file}  # BROKEN in {found.confirmed} of {found.runs} runs")
+    return [*lines, f"    {found.replay}"] if found.replay else lines
+
+
+def shrunk(finding: str, result: Any) -> str:
+    """What became of a recording that was shrunk (None: it did not break again), for people."""
+    if result is None:
+        return f"{finding}: what was recorded again did not break this rule in this way"
+    left = count(len(result.found.scenario.workload.history), "operation")
+    how = "none can be left out" if result.shortest else "the time was up"
+    first = f"{finding}: {result.before:,} operations, now {left} ({how}; {count(result.recordings, 'recording')})"
+    return "\n".join([first, *_story(result.found)])
+
+
+def shrunk_document(finding: str, result: Any) -> dict[str, Any]:
+    """The same as JSON, schema `powercut.shrink/1`."""
+    return {
+        "schema": "powercut.shrink/1",
+        "finding": finding,
+        "again": result is not None,
+        "before": result and result.before,
+        "history": result and list(result.found.scenario.workload.history),
+        "shortest": result and result.shortest,
+        "recordings": result and result.recordings,
+        "scenario": result and str(result.found.file),
+        "confirmed": result and result.found.confirmed,
+        "of": result and result.found.runs,
+        "replay": result and result.found.replay,
+    }
 
 
 def document(result: Any) -> dict[str, Any]:
