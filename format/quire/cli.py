@@ -353,12 +353,15 @@ def serve(address: str, path: Path, read_only: bool) -> None:
     from quire.nbd import Server
 
     stop = [signal.SIGINT, signal.SIGTERM]
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # before any thread is started, so that none is interrupted
-    with _opened(address, write=not read_only and _writable(address)) as (opened, name):
-        image: Image = opened.image(_head(opened, name))
-        with Server(image, path):
-            click.echo(f"serving {opened.store.path}@{image.name}: nbd+unix:///?socket={path}", err=True)
-            signal.sigwait(stop)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # first: no thread that is started may take them
+    try:
+        with _opened(address, write=not read_only and _writable(address)) as (opened, name):
+            image: Image = opened.image(_head(opened, name))
+            with Server(image, path):
+                click.echo(f"serving {opened.store.path}@{image.name}: nbd+unix:///?socket={path}", err=True)
+                signal.sigwait(stop)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _writable(address: str) -> bool:

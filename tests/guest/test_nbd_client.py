@@ -48,6 +48,11 @@ class Memory:
         raise OSError(errno.ENOSPC, "full")
 
 
+def listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return path.exists() and probe.connect_ex(str(path)) == 0
+
+
 @contextlib.contextmanager
 def qemu_nbd(folder: Path) -> Iterator[Path]:
     if shutil.which("qemu-nbd") is None:
@@ -58,7 +63,7 @@ def qemu_nbd(folder: Path) -> Iterator[Path]:
     server = subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-e", "4", "--discard=unmap", "-k", path, image])
     try:
         deadline = time.monotonic() + 20
-        while not path.exists() and time.monotonic() < deadline:
+        while not listening(path) and time.monotonic() < deadline:
             time.sleep(0.01)
         yield path
     finally:
