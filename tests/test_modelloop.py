@@ -29,6 +29,7 @@ def check_story(outcome: modelloop.Outcome) -> None:
     assert outcome.fell < outcome.gone, "the damage comes a loop before what the guest sees of it"
     told = report.text(outcome)
     assert re.search(rf"loop {outcome.fell}: the refcount of cluster 0, .* falls to 0 by a write of .* made for ", told)
+    assert "offset 0x80000000000000, far behind the end of the file: 0x8000 with its bytes in reverse" in told
     assert re.search(rf"loop {outcome.gone}: the header is overwritten by a write of 4,096 bytes at 0x0", told)
     assert "at offset 0 lies an L2 table" in told
     assert report.document(outcome)["header_gone"] == outcome.gone

@@ -180,7 +180,7 @@ class Loops:
         lines = len(self.outcome.story)
         opened = OpenFile(path)
         try:
-            with self._served(number, opened, folder) as served:
+            with self._served(number, opened, path) as served:
                 chance = random.Random(f"{self._scenario.workload.seed} {number}")
                 self._guest(served, chance, folder)
                 run(served.image.close(), served._file)
@@ -195,7 +195,14 @@ class Loops:
         self.outcome.story.append(f"loop {number}: {text}")
 
     @contextmanager
-    def _served(self, number: int, opened: OpenFile, folder: Path) -> Iterator[Served]:
+    def _served(self, number: int, opened: OpenFile, path: Path) -> Iterator[Served]:
+        freed = 0  # the offset that was freed last, as the driver had it
+
+        def gone(offset: int) -> None:
+            nonlocal freed
+            freed = offset
+            forget(offset)
+
         def changed(ask: Ask, offset: int, old: bytes, new: bytes) -> None:
             where = f"a write of {ask.length:,} bytes at {ask.offset:#x}, made for {served.now}"
             if offset == 0:
@@ -205,9 +212,11 @@ class Loops:
             elif not any(new):
                 self.outcome.fell = self.outcome.fell or number
                 self._tell(number, f"the refcount of cluster 0, the header's, falls to 0 by {where}")
+                self._tell(number, f"what was freed is {_offset(freed, os.stat(path).st_size)}")
 
         watched = Watched(opened, changed)
         image = run(open_image(self._practice), watched)
+        forget, image.refcounts.gone = image.refcounts.gone, gone
         watched.spans = [(0, len(_MAGIC)), (image.refcounts.table[0], 2)]
         served = Served(image, watched)
         yield served
@@ -284,6 +293,14 @@ class Loops:
         for problem in self._ledger.judge(held, Keeps.COMPLETED)[:3]:
             self._tell(number, f"the guest reads: {problem.text}")
         self._ledger.settle(held)
+
+
+def _offset(offset: int, size: int) -> str:
+    """An offset in words, for a file of `size` bytes."""
+    swapped = int.from_bytes(offset.to_bytes(8, "big"), "little")
+    if size <= offset and swapped < size:
+        return f"offset {offset:#x}, far behind the end of the file: {swapped:#x} with its bytes in reverse"
+    return f"offset {offset:#x}"
 
 
 def _remains(path: Path) -> str:
