@@ -76,7 +76,7 @@ def read_disk(format: str, path: str, within: str = "") -> Ran:
     """The disk of the image at `path`."""
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         out = f"{scratch}/disk"
-        ran = qemu_img(["convert", "-f", format, "-O", "raw", path, out], within)
+        ran = qemu_img(["convert", "-m", "1", "-f", format, "-O", "raw", path, out], within)
         if ran.code:
             return ran
         size = os.stat(out).st_size
