@@ -4,6 +4,7 @@ one raw and qcow2 hold."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 from powercut import sweep
 from powercut.cli import main
 from powercut.faults.blkdebug import Injection
+from powercut.faults.full import PLENTY, Full, tmpfs
+from powercut.faults.server import Mishap
 from powercut.guest.control import Guest
 from powercut.injection import Case, Rig
 from powercut.scenario import load
@@ -94,6 +97,62 @@ def test_control_a_repeated_write_that_is_dropped_is_found_shrunk_and_told(tmp_p
     assert again.verdict is Verdict.BROKEN, "the scenario that was written shows the same"
 
 
+@pytest.mark.usefixtures("repeated_writes_are_dropped")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts the small file system")
+def test_control_the_same_on_a_file_system_that_is_full(planted):
+    result = sweep.run(raw(below="full", lasting=["once"]))
+    planted("full disk: a repeated write is dropped", result.verdict is Verdict.BROKEN)
+    assert result.verdict is Verdict.BROKEN
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts the small file system")
+def test_a_file_system_that_is_full_for_a_while_and_for_good(rig):
+    history = sweep.prepared(raw())[1]
+    assert rig.occasions(history, Full(PLENTY)) == 3, "three writes, in three pages"
+    once, good = rig.run(Case(history, Full(2, 3))), rig.run(Case(history, Full(2, 3, None)))
+    assert [line for line in once.seen.story if "ENOSPC" in line] == ["2 ENOSPC"]
+    assert (once.seen.given_up, once.faults) == ([], [])
+    assert 2 in good.seen.given_up
+    assert good.faults == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts the small file system")
+def test_the_small_file_system_is_out_of_sight_and_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with tmpfs(4) as small:
+        assert list(tmp_path.iterdir()) == []
+        assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+        with pytest.raises(OSError, match="No space left"):
+            (small / "file").write_bytes(bytes(5 * 4096))
+    assert not small.exists()
+
+
+@pytest.mark.parametrize("word", ["stall", "hangup", "unanswered", "gone"])
+def test_of_a_server_that_comes_back_the_guest_sees_nothing(rig, word):
+    history = sweep.prepared(raw())[1]
+    requests = rig.occasions(history, Mishap(0))
+    assert requests >= 6
+    ran = rig.run(Case(history, Mishap(2, word)))
+    assert (ran.seen.errors, ran.faults) == (0, [])
+
+
+def test_control_a_server_that_comes_back_without_its_data_is_found(monkeypatch, planted):
+    def forgets(self, request):
+        self.data[:] = bytes(len(self.data))
+
+    monkeypatch.setattr("powercut.faults.server._Disk.carry_out", forgets)
+    result = sweep.run(raw(below="server", error=["unanswered"]))
+    planted("storage server: it comes back empty", result.verdict is Verdict.BROKEN)
+    assert result.verdict is Verdict.BROKEN
+
+
+def test_a_server_whose_requests_fail(rig):
+    history = sweep.prepared(raw())[1]
+    first = rig.run(Case(history, Mishap(1, "EIO")))
+    assert (first.seen.errors, first.seen.repeated, first.faults) == (1, 1, [])
+    assert rig.run(Case(history, Mishap(1, "ENOSPC", None))).seen.given_up == [1, 2, 4, 5]
+
+
 def test_a_crash_of_qemu_is_a_finding(rig, monkeypatch, planted):
     history, flush = sweep.prepared(raw())[1], Guest.flush
 
@@ -138,6 +197,9 @@ def test_the_command(tmp_path):
     [
         (["qcow3"], "format 'qcow3' is not one of qcow2, "),
         (["raw", "--event", "l9_update"], "event 'l9_update' is not one of blkdebug's"),
+        (["raw", "--error", "stall"], "errors: 'stall' is not one of EIO, ENOSPC"),
+        (["raw", "--below", "full", "--event", "pwritev"], "events are blkdebug's"),
+        (["vdi", "--below", "server"], "cannot grow"),
         (["raw", "--size", "7"], "size 7: not a positive multiple of 512 bytes"),
         (["qcow2", "--option", "cluster_size=3k"], "qemu-img create"),
     ],

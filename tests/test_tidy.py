@@ -138,6 +138,7 @@ def quire_trespasses(graph: Graph) -> list[str]:
                     "inflight",
                     "modelloop",
                     "cut",
+                    "faults",
                 }
                 stores = target == "quire.store" and name in STORES
                 if not is_within(name, "powercut.formats.quire") and not serves and not stores:

@@ -1,8 +1,9 @@
 """One case of an error under a format: run against a real QEMU, and judged.
 
-A case is a history and, perhaps, an injection. The image is opened over blkdebug in a live storage daemon; a guest
-that repeats what fails (`powercut.guest.stubborn`) carries out the history and reads its disk; the image is closed,
-opened again without blkdebug, read, closed, and checked with qemu-img. Content comes first, the checker second.
+A case is a history and, perhaps, a failure (`powercut.faults`). The image is opened over it in a live storage daemon; a
+guest that repeats what fails (`powercut.guest.stubborn`) carries out the history and reads its disk; the image is
+closed, opened again with nothing in the way, read, closed, and checked with qemu-img. Content comes first, the checker
+second.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ import xxhash
 
 from powercut import stamp
 from powercut.errors import EnvironmentFault, InputError
-from powercut.faults import blkdebug
-from powercut.faults.blkdebug import Counter, Injection
+from powercut.faults import NODE, Armed, Failure, blkdebug, unharmed
+from powercut.faults.blkdebug import Counter
 from powercut.guest.control import Control, Guest
 from powercut.guest.daemon import create_image, tool
 from powercut.guest.expectation import Expectation, Range
@@ -87,7 +88,7 @@ def cluster(format: str, options: Collection[tuple[str, str]]) -> int:
 
 class Case(NamedTuple):
     history: tuple[Operation, ...]
-    injection: Injection | None = None
+    failure: Failure | None = None
 
 
 class Fault(NamedTuple):
@@ -161,10 +162,6 @@ class Rig:
             self._control.close()
             self._control = None
 
-    def _file(self) -> dict[str, Any]:
-        # Nothing here ends with a power cut: the real flush would cost time and change nothing.
-        return {"driver": "file", "filename": str(self._path), "discard": "unmap", "cache": {"no-flush": True}}
-
     def _node(self, file: str | dict[str, Any]) -> dict[str, Any]:
         return {"driver": self.target.format, "discard": "unmap", "file": file}
 
@@ -176,15 +173,23 @@ class Rig:
         The guest reads nothing then: that raises the event with which a `Counter` asks."""
         control = self._daemon()
         for most in blkdebug.AT_MOST:
-            shutil.copyfile(self._template, self._path)
-            control.ask("blockdev-add", **blkdebug.node(self._file(), blkdebug.counting(event, most)))
-            with Counter(control, self.scratch / "overlay", event) as counter:
-                self._use(history, Ran(), self._expectation(history), reads=False)
-                number = counter.read(most)
-            control.when_free("blockdev-del", node_name=blkdebug.BELOW)
+            with unharmed(self._template, self._path) as plain:
+                below = blkdebug.node(plain.node, blkdebug.counting(event, most))
+                control.ask("blockdev-add", **{**below, "node-name": NODE})
+                with Counter(control, self.scratch / "overlay", event) as counter:
+                    self._use(history, Ran(), self._expectation(history), reads=False)
+                    number = counter.read(most)
+                control.when_free("blockdev-del", node_name=NODE)
             if number is not None:
                 return number
         raise InputError(f"{event} is raised more than {most} times: choose a shorter history")
+
+    def occasions(self, history: tuple[Operation, ...], harmless: Failure) -> int:
+        """How many occasions to fail there are while the history is carried out, from open to close, by the count of a
+        failure that does not come to pass."""
+        with harmless.armed(self._template, self._path) as armed:
+            self._below(armed, history, Ran(), self._expectation(history))
+            return armed.occasions()
 
     # ---- running
 
@@ -193,16 +198,9 @@ class Rig:
         is no fault of QEMU's."""
         ran = Ran()
         expectation = self._expectation(case.history)
-        shutil.copyfile(self._template, self._path)
-        control = self._daemon()
-        rules = case.injection.rules() if case.injection else {}
-        control.ask("blockdev-add", **blkdebug.node(self._file(), rules))
-        try:
-            self._use(case.history, ran, expectation)
-            control.when_free("blockdev-del", node_name=blkdebug.BELOW)
-        except EnvironmentFault as fault:
-            ran.faults.append(_lost(control, fault))
-            self._lose()
+        arm = case.failure.armed if case.failure else unharmed
+        with arm(self._template, self._path) as armed:
+            self._below(armed, case.history, ran, expectation)
         if keep is not None:
             shutil.copyfile(self._path, keep)
         after = self.after(self._path)
@@ -210,19 +208,38 @@ class Rig:
         ran.faults += self._judged(case.history, after, ran.legal)
         return ran
 
+    def _below(self, armed: Armed, history: tuple[Operation, ...], ran: Ran, expectation: Expectation) -> None:
+        """Use an image from its node's beginning to its end."""
+        control = self._daemon()
+        control.ask("blockdev-add", **{**armed.node, "node-name": NODE})
+        try:
+            self._use(history, ran, expectation, armed.noticed)
+            control.when_free("blockdev-del", node_name=NODE)
+        except EnvironmentFault as fault:
+            ran.faults.append(_lost(control, fault))
+            self._lose()
+
     def _expectation(self, history: tuple[Operation, ...]) -> Expectation:
         borders = [end for op in history for end in (op.offset, op.offset + op.length)]
         return Expectation(self.target.size, borders, min(self.target.backing, self.target.size))
 
-    def _use(self, history: tuple[Operation, ...], ran: Ran, expectation: Expectation, *, reads: bool = True) -> None:
+    def _use(
+        self,
+        history: tuple[Operation, ...],
+        ran: Ran,
+        expectation: Expectation,
+        noticed: Callable[[], None] = lambda: None,
+        *,
+        reads: bool = True,
+    ) -> None:
         """What a guest does from its start to its end. It `reads` its disk before each end."""
         number = 1
         for part in _parts(history):
-            guest = self._open()
+            guest = self._open(noticed)
             if guest is None:
                 return
             ran.opened = True
-            stubborn = Stubborn(guest, expectation, ran.seen)
+            stubborn = Stubborn(guest, expectation, ran.seen, noticed)
             stubborn.run(part, number)
             number += len(part) + 1
             if reads:
@@ -237,14 +254,15 @@ class Rig:
         if wrong:
             ran.faults.append(_content("live", wrong, history, Severity.SILENT))
 
-    def _open(self) -> Guest | None:
-        """Open the image over blkdebug. That fails too if its requests do: try again, as people do."""
+    def _open(self, noticed: Callable[[], None]) -> Guest | None:
+        """Open the image. That fails too if its requests do: try again, as people do."""
         for _ in range(TRIES):
             try:
-                return self._daemon().open(self._node(blkdebug.BELOW))
+                return self._daemon().open(self._node(NODE))
             except EnvironmentFault:
                 if self._daemon().ended:
                     raise
+                noticed()
         return None
 
     # ---- judging

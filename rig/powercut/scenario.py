@@ -85,12 +85,15 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Errors(Struct, frozen=True, forbid_unknown_fields=True):
-    """Errors below the format, one in each run (`powercut errors`): at which blkdebug event (none: every one that is
-    raised), which one of that name (none: every one), what the error is, and whether it strikes once or for good."""
+    """Errors below the format, one in each run (`powercut errors`). `below` is what fails: blkdebug, a storage server,
+    or a file system that is full. `event`: at which event of blkdebug's (none: every one that is raised); `nth`: which
+    one of that name, which request, or which page (none: every one); `error`: what happens (none: all that may, without
+    "gone"); `lasting`: once, or for good."""
 
+    below: Literal["blkdebug", "server", "full"] = "blkdebug"
     event: str | None = None
     nth: Positive | None = None
-    error: tuple[Literal["EIO", "ENOSPC"], ...] = ("EIO", "ENOSPC")
+    error: tuple[Literal["EIO", "ENOSPC", "stall", "hangup", "unanswered", "gone", "full"], ...] = ()
     lasting: tuple[Literal["once", "good"], ...] = ("once", "good")
 
 

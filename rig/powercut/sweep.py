@@ -19,7 +19,10 @@ from typing import Any
 import msgspec
 
 from powercut.errors import InputError
-from powercut.faults.blkdebug import EVENTS, Injection
+from powercut.faults import Failure
+from powercut.faults.blkdebug import ERRNOS, EVENTS, Injection
+from powercut.faults.full import PLENTY, Full
+from powercut.faults.server import WORDS, Mishap
 from powercut.guest.daemon import version
 from powercut.guest.workload import Operation, Verb
 from powercut.histories import toml
@@ -32,6 +35,8 @@ CONFIRM = 3  # times that a finding is run again
 FORMATS = tuple(LAYOUTS)
 _CHUNK = 8  # runs that a process is given at once
 _SHRINK = 30.0  # seconds for each finding
+_PAGES = 60  # places at which a file system is full, spread over all that an image takes
+_ERRORS: dict[str, tuple[str, ...]] = {"blkdebug": (*ERRNOS,), "server": (*ERRNOS, *WORDS), "full": ("full",)}
 _TIMES = {"once": 1, "good": None}
 _READING = ("load", "read")  # in the name of an event: what follows reads, and no full disk hinders that
 
@@ -128,25 +133,44 @@ def prepared(scenario: Scenario) -> tuple[Target, tuple[Operation, ...]]:
             raise InputError(
                 f"history: {operation.verb} is not swept: writes, zeroes, discards, flushes and reopens are"
             )
-    event = scenario.errors.event if scenario.errors else None
-    if event is not None and event not in EVENTS:
-        raise InputError(f"errors: event {event!r} is not one of blkdebug's: {', '.join(EVENTS)}")
+    errors = scenario.errors or Errors()
+    if errors.event is not None and errors.event not in EVENTS:
+        raise InputError(f"errors: event {errors.event!r} is not one of blkdebug's: {', '.join(EVENTS)}")
+    if errors.event is not None and errors.below != "blkdebug":
+        raise InputError(f"errors: events are blkdebug's, and what fails here is {errors.below}")
+    for error in errors.error:
+        if error not in _ERRORS[errors.below]:
+            raise InputError(f"errors: {error!r} is not one of {', '.join(_ERRORS[errors.below])}")
+    if errors.below == "server" and scenario.format not in ("qcow2", "raw"):
+        raise InputError(f"errors: {scenario.format} grows its file, and a storage server's disk cannot grow")
     backing = parse_size(scenario.backing) if scenario.backing else 0
     return Target(scenario.format, parse_size(scenario.size), tuple(scenario.options.items()), backing), history
 
 
-def points(rig: Rig, history: tuple[Operation, ...], errors: Errors, events: dict[str, int]) -> Iterator[Injection]:
-    """Every injection that `errors` asks for. Fills `events` with how often each is raised."""
-    for event in [errors.event] if errors.event else EVENTS:
-        number = rig.count(history, event)
-        if not number:
-            continue
-        events[event] = number
-        for nth in range(1, number + 1):
-            if errors.nth in (None, nth):
-                for error in errors.error:
+def points(rig: Rig, history: tuple[Operation, ...], errors: Errors, events: dict[str, int]) -> Iterator[Failure]:
+    """Every failure that `errors` asks for. Fills `events` with how many occasions there are for each."""
+    times = [_TIMES[lasting] for lasting in errors.lasting]
+
+    def which(what: str, number: int) -> range:
+        if number:
+            events[what] = number
+        return range(1, number + 1) if errors.nth is None else range(errors.nth, min(errors.nth, number) + 1)
+
+    if errors.below == "server":
+        words = errors.error or ("EIO", "ENOSPC", "stall", "hangup", "unanswered")
+        for nth in which("request", rig.occasions(history, Mishap(0))):
+            for word in words:
+                yield from (Mishap(nth, word, limit) for limit in times if word in ERRNOS or limit)
+    elif errors.below == "full":
+        number = rig.occasions(history, Full(PLENTY))
+        for nth in which("page", number)[:: -(-number // _PAGES) or 1]:
+            yield from (Full(nth, number, limit) for limit in times)
+    else:
+        for event in [errors.event] if errors.event else EVENTS:
+            for nth in which(event, rig.count(history, event)):
+                for error in errors.error or ERRNOS:
                     if error == "EIO" or not any(word in event for word in _READING):
-                        yield from (Injection(event, nth, error, _TIMES[lasting]) for lasting in errors.lasting)
+                        yield from (Injection(event, nth, error, limit) for limit in times)
 
 
 def run(scenario: Scenario, *, jobs: int = 1, progress: Progress = lambda done, of: None) -> Result:
@@ -158,11 +182,11 @@ def run(scenario: Scenario, *, jobs: int = 1, progress: Progress = lambda done, 
         cases = [Case(history)]
         cases += [Case(history, point) for point in points(rig, history, scenario.errors or Errors(), result.events)]
         if len(cases) == 1:
-            result.reasons.append("no such event is raised: nothing was injected")
+            result.reasons.append("there was no occasion for it to fail: nothing was injected")
         ways: dict[Way, list[tuple[Case, Fault]]] = {}
         for case, ran in _all(rig, cases, jobs):
             result.runs += 1
-            result.absorbed += case.injection is not None and not ran.seen.errors
+            result.absorbed += case.failure is not None and not ran.seen.errors
             result.leaking += ran.leaks > 0
             for fault in ran.faults:
                 ways.setdefault(_way(case, fault), []).append((case, fault))
@@ -174,10 +198,8 @@ def run(scenario: Scenario, *, jobs: int = 1, progress: Progress = lambda done, 
 
 
 def _way(case: Case, fault: Fault) -> Way:
-    point = case.injection
-    if point is None:
-        return fault.rule, fault.kind, "none", ""
-    return fault.rule, fault.kind, point.error, "good" if point.times is None else "once"
+    failure = case.failure
+    return fault.rule, fault.kind, failure.error if failure else "none", failure.lasting if failure else ""
 
 
 # ---- several processes
@@ -220,7 +242,7 @@ def _found(rig: Rig, way: Way, seen: list[tuple[Case, Fault]]) -> Found:
             confirmed, best = confirmed + 1, (ran, fault)
     ran, fault = best or (Ran(), seen[0][1])
     witness = rig.agrees(kept, ran, fault) if best and kept.exists() else ""
-    return Found(way, [str(case.injection) for case, _ in seen if case.injection], case, ran, fault, confirmed, witness)
+    return Found(way, [str(case.failure) for case, _ in seen if case.failure], case, ran, fault, confirmed, witness)
 
 
 def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:
@@ -228,13 +250,7 @@ def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:
     deadline = time.monotonic() + _SHRINK
 
     def fails(history: tuple[Operation, ...]) -> Case | None:
-        point = case.injection
-        if point is None:
-            tried = [Case(history)]
-        else:
-            tried = [
-                Case(history, Injection(point.event, n, point.error, point.times)) for n in range(point.nth, 0, -1)
-            ]
+        tried = [Case(history, failure) for failure in case.failure.earlier()] if case.failure else [Case(history)]
         for candidate in tried:
             if time.monotonic() > deadline:
                 return None
@@ -260,10 +276,10 @@ def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:
 def scenario(result: Result, found: Found) -> Scenario:
     """The scenario that shows a finding, and nothing else."""
     rule, _, error, lasting = found.way
-    point = found.case.injection
-    only = Errors("pwritev", 1, ("EIO",), ("once",))  # what is found without any error is found before it
-    if point:
-        only = Errors(point.event, point.nth, (error,), (lasting,))  # type: ignore[arg-type]
+    failure = found.case.failure
+    only = Errors(event="pwritev", nth=1, lasting=("once",))  # what is found without any error is found before it
+    if failure:
+        only = msgspec.convert({"error": (error,), "lasting": (lasting,), **failure.table}, Errors)
     return msgspec.structs.replace(
         result.scenario,
         about=found.fault.text,

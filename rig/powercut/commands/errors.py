@@ -18,7 +18,14 @@ from powercut.commands import BISECT, JSON, QEMU, SAVE, compared, named_values
 @click.option("--operations", type=click.IntRange(1), help="So many random operations instead of the built-in history.")
 @click.option("--seed", default=7, show_default=True, help="What random operations are drawn from.")
 @click.option("--with", "extra", default="", metavar="KINDS", help="Random zero, discard too (with a comma between).")
-@click.option("--error", type=click.Choice(["EIO", "ENOSPC"]), help="Only this error.")
+@click.option(
+    "--below",
+    type=click.Choice(["blkdebug", "server", "full"]),
+    default="blkdebug",
+    show_default=True,
+    help="What fails: QEMU's own injection, a storage server, a full file system.",
+)
+@click.option("--error", help="Only this: EIO, ENOSPC; of a server also stall, hangup, unanswered, gone.")
 @click.option("--lasting", type=click.Choice(["once", "good"]), help="Only errors that strike once, or for good.")
 @click.option("--event", help="Only at this blkdebug event, such as l2_update or pwritev.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes to use.")
@@ -34,6 +41,7 @@ def errors(
     operations: int | None,
     seed: int,
     extra: str,
+    below: str,
     error: str | None,
     lasting: str | None,
     event: str | None,
@@ -56,7 +64,7 @@ def errors(
     def chosen(**values: object) -> dict[str, object]:
         return {name: value for name, value in values.items() if value}
 
-    only = chosen(event=event, error=error and [error], lasting=lasting and [lasting])
+    only = chosen(below=below, event=event, error=error and [error], lasting=lasting and [lasting])
     more = chosen(size=size, backing=backing) | {"errors": only}
     if operations:
         kinds = [word for word in extra.split(",") if word]

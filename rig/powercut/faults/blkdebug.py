@@ -9,15 +9,17 @@ reading: there is a rule for each count, which fails the read of a sector of its
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from powercut.faults import NODE, Armed, unharmed
 from powercut.guest.control import Control, Guest
 from powercut.guest.daemon import create_image
 from powercut.trace import SECTOR
 
-BELOW: Final = "below"  # the node's name
 ERRNOS: Final = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 # BlkdebugEvent (qapi/block-core.json, QEMU 7.2), without "none"
 EVENTS: Final = (
@@ -51,6 +53,22 @@ class Injection:
         lasting = {1: "once", None: "for good"}.get(self.times, f"{self.times} times")
         return f"{self.error} {lasting} at {self.event} {self.nth}"
 
+    @property
+    def lasting(self) -> str:
+        return "good" if self.times is None else "once"
+
+    @property
+    def table(self) -> dict[str, Any]:
+        return {"event": self.event, "nth": self.nth}
+
+    def earlier(self) -> Iterator[Injection]:
+        yield from (replace(self, nth=nth) for nth in range(self.nth, 0, -1))
+
+    @contextmanager
+    def armed(self, template: Path, out: Path) -> Iterator[Armed]:
+        with unharmed(template, out) as plain:
+            yield Armed(node(plain.node, self.rules()))
+
     def rules(self) -> dict[str, Any]:
         """Options of a blkdebug node."""
         after = self.nth + (self.times or 1)
@@ -75,7 +93,7 @@ def _count(event: str, below: int) -> list[dict[str, Any]]:
 
 def node(file: dict[str, Any], rules: dict[str, Any]) -> dict[str, Any]:
     """A blkdebug node over the node `file`."""
-    return {"driver": "blkdebug", "node-name": BELOW, "image": file, **rules}
+    return {"driver": "blkdebug", "image": file, **rules}
 
 
 def counting(event: str, most: int) -> dict[str, Any]:
@@ -97,7 +115,7 @@ class Counter:
         if not overlay.exists():
             create_image(overlay, "qcow2", 1 << 30, {})
         self._control, self._event = control, event
-        backing = {"driver": "raw", "file": BELOW, "read-only": True}
+        backing = {"driver": "raw", "file": NODE, "read-only": True}
         file = {"driver": "file", "filename": str(overlay)}
         probe = {"driver": "qcow2", "node-name": _PROBE, "read-only": True, "file": file, "backing": backing}
         control.ask("blockdev-add", **probe)

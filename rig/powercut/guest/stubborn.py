@@ -7,7 +7,7 @@ is repeated; a flush is repeated too. After so many tries the guest gives up, an
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from powercut import stamp
@@ -32,13 +32,16 @@ class Seen:
 
 
 class Stubborn:
-    """Drives operations into `guest`, keeps `expectation` up to date, and adds what it sees to `seen`.
+    """Drives operations into `guest`, keeps `expectation` up to date, and adds what it sees to `seen`. `noticed` is
+    called after each error.
 
     Raises EnvironmentFault when the disk is lost altogether.
     """
 
-    def __init__(self, guest: Guest, expectation: Expectation, seen: Seen) -> None:
-        self._guest, self._expectation, self._seen = guest, expectation, seen
+    def __init__(
+        self, guest: Guest, expectation: Expectation, seen: Seen, noticed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._guest, self._expectation, self._seen, self._noticed = guest, expectation, seen, noticed
         self._failed: dict[int, Operation] = {}
 
     def run(self, operations: Sequence[Operation], first: int) -> None:
@@ -74,6 +77,7 @@ class Stubborn:
     def _failing(self, number: int, error: OSError) -> None:
         self._seen.errors += 1
         self._seen.story.append(f"{number} {errno.errorcode.get(error.errno or 0, 'failed')}")
+        self._noticed()
 
     def _repeat(self, numbers: Sequence[int]) -> None:
         for number in numbers:

@@ -53,7 +53,7 @@ def story(found: Any) -> list[str]:
     last = len(found.lines) + 1
     if last in ends:
         lines.append(f"{last}  flush: {', '.join(ends[last])}")
-    return [f"{found.case.injection}", *lines] if found.case.injection else lines
+    return [f"{found.case.failure}", *lines] if found.case.failure else lines
 
 
 def cells(results: list[Any]) -> dict[str, str]:
@@ -97,7 +97,7 @@ def one(result: Any, saved: list[Path]) -> dict[str, Any]:
                 "severity": found.fault.severity.label,
                 "text": found.fault.text,
                 "points": found.points,
-                "injection": str(found.case.injection or ""),
+                "injection": str(found.case.failure or ""),
                 "story": story(found),
                 "confirmed": found.confirmed,
                 "of": found.of,
