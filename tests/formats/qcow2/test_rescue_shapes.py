@@ -61,6 +61,8 @@ HISTORIES = st.builds(
 
 def build(path: Path, history: History) -> None:
     assert history.shape.create(path, SIZE)
+    if history.shape.extended_l2:  # a subcluster bitmap: a few compressed clusters alone look like standard entries
+        qemu_io(path, "write -P 3 0 4096")
     taken: list[str] = []
     for number, step in enumerate(history.steps):
         if step == "snapshot":
@@ -88,7 +90,7 @@ def comes_back(history: History) -> None:
         assert seen(saved) == expected, result.text
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(HISTORIES)
 def test_histories(history: History) -> None:
     comes_back(history)

@@ -91,14 +91,15 @@ def by_structure(disk: Disk, found: Scan, geometry: Geometry) -> list[Anatomy]:
     return [_assembled(disk, geometry, tables, bare, saved, candidate) for candidate in best or [None]]
 
 
-def begun_earlier(anatomy: Anatomy, zeros: int) -> Anatomy:
-    """The same, with so many clusters of zeros in front of the active L1 table that was found."""
+def begun_earlier(anatomy: Anatomy, clusters: int) -> Anatomy:
+    """The same, if the active L1 table that was found begins so many clusters earlier."""
     assert anatomy.found is not None
     tables, active = anatomy.found
-    lead = np.zeros(zeros * anatomy.geometry.cluster // 8, dtype=np.uint64)
-    longer = replace(active, cluster=active.cluster - zeros, entries=np.concatenate([lead, active.entries]))
-    bare = _bare(anatomy.geometry)
-    return _assembled(anatomy.disk, anatomy.geometry, tables, bare, anatomy.saved, longer)
+    first = active.cluster - clusters
+    lead = anatomy.disk.read(first << anatomy.geometry.cluster_bits, clusters << anatomy.geometry.cluster_bits)
+    entries = np.concatenate([lead.view(q.BE64).astype(np.uint64), active.entries])
+    longer = replace(active, cluster=first, entries=entries)
+    return _assembled(anatomy.disk, anatomy.geometry, tables, _bare(anatomy.geometry), anatomy.saved, longer)
 
 
 def _clusters(offset: int, length: int, bits: int) -> range:
@@ -132,7 +133,7 @@ def _assembled(
     disk: Disk, geometry: Geometry, tables: Tables, bare: Header, saved: list[Saved], active: Candidate | None
 ) -> Anatomy:
     saved_l1 = [snapshots.entries(disk, one) for one in saved]
-    extended = any_extended([active.entries] if active is not None else saved_l1, tables, geometry)
+    extended, sure = any_extended(disk, [active.entries] if active is not None else saved_l1, tables, geometry)
     l1 = active.entries if active is not None else np.zeros(0, dtype=np.uint64)
     header = replace(
         bare,
@@ -146,6 +147,9 @@ def _assembled(
     anatomy.found = (tables, active) if active is not None else None
     size, note = _size(anatomy)
     anatomy.resize(size)
+    if not sure:
+        width = 16 if extended else 8
+        anatomy.notes.append(guessed("L2 entries", f"of {width} bytes: there are too few of them to tell"))
     anatomy.notes += [*_notes(anatomy, active), note]
     return anatomy
 

@@ -13,6 +13,7 @@ from powercut.formats.qcow2.forensics import geometry, headers
 from powercut.formats.qcow2.forensics.anatomy import Anatomy, begun_earlier, by_header, by_structure
 from powercut.formats.qcow2.forensics.layers import Layers, Refs, all_references, clean, of
 from powercut.formats.qcow2.forensics.notes import recovered
+from powercut.formats.qcow2.forensics.roots import Candidate, Tables, may_belong
 from powercut.formats.qcow2.forensics.scan import scan
 from powercut.formats.qcow2.header import read_header
 
@@ -34,9 +35,9 @@ def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda
     found = scan(path, disk.size, progress)
     tried += [anatomy for g in geometry.find(disk, found) for anatomy in by_structure(disk, found, g)]
     best = max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)
-    if best is None or best.found is None or not (zeros := _zeros_in_front(best, best.found[1].cluster)):
+    if best is None or best.found is None or not (earlier := _in_front(best, *best.found)):
         return best
-    return begun_earlier(best, zeros)
+    return begun_earlier(best, earlier)
 
 
 def _references(anatomy: Anatomy) -> Refs:
@@ -49,23 +50,23 @@ def _references(anatomy: Anatomy) -> Refs:
     return refs
 
 
-def _zeros_in_front(anatomy: Anatomy, first: int) -> int:
-    """How many clusters in front of the L1 table are in use, hold zeros, and belong to nothing: an L1 table of several
-    clusters begins so, where the start of the disk was never written."""
-    disk, bits = anatomy.disk, anatomy.header.cluster_bits
+def _in_front(anatomy: Anatomy, tables: Tables, active: Candidate) -> int:
+    """How many clusters in front of the L1 table are in use and belong to nothing else, and may be its beginning: an L1
+    table of several clusters has zeros there, where the start of the disk was never written."""
     if anatomy.geometry.counts is None:
         return 0
 
-    def plain(cluster: int) -> bool:
+    def may_be(cluster: int) -> bool:
         used = cluster > 0 and anatomy.geometry.count(np.array([cluster]))[0] == 1
-        return bool(used) and not disk.read(cluster << bits, 1 << bits).any()
+        return bool(used) and may_belong(anatomy.disk, anatomy.geometry, tables, cluster)
 
-    if not plain(first - 1):
+    if not may_be(active.cluster - 1):
         return 0
-    refs, zeros = _references(anatomy), 0
-    while zeros << bits < q.MAX_L1_BYTES and plain(first - 1 - zeros) and not refs[first - 1 - zeros]:
-        zeros += 1
-    return zeros
+    refs, found = _references(anatomy), 0
+    most = q.MAX_L1_BYTES >> anatomy.header.cluster_bits
+    while found < most and not refs[active.cluster - 1 - found] and may_be(active.cluster - 1 - found):
+        found += 1
+    return found
 
 
 def _explained(anatomy: Anatomy) -> int:

@@ -32,20 +32,23 @@ class Tables:
 
 def whole_tables(disk: Disk, scan: Scan, geometry: Geometry) -> Tables:
     sectors = Sectors(disk)
-    return Tables(*(_whole(sectors, kind, geometry) for kind in (scan.tables, scan.extended)))
+    return Tables(_whole(sectors, scan.tables, geometry, 1), _whole(sectors, scan.extended, geometry, 2))
 
 
-def _whole(sectors: Sectors, alike: I64, geometry: Geometry) -> I64:
+def _whole(sectors: Sectors, alike: I64, geometry: Geometry, per_entry: int) -> I64:
+    """Clusters all of whose used sectors are `alike`, and nine in ten of whose entries are aligned."""
     per = geometry.cluster // SECTOR
     clusters, counts = np.unique(alike // per, return_counts=True)
-    unsure = np.flatnonzero(counts < per)
-    good = np.ones(len(clusters), dtype=np.bool_)
+    good = np.zeros(len(clusters), dtype=np.bool_)
     step = max(1, _BATCH // (per * 64))
-    for at in range(0, len(unsure), step):
-        part = unsure[at : at + step]
-        words = sectors.clusters(clusters[part], geometry.cluster_bits).reshape(-1, 64)
-        used = np.bitwise_or.reduce(words, axis=1).reshape(len(part), per) != 0
-        good[part] = used.sum(axis=1) == counts[part]
+    for at in range(0, len(clusters), step):
+        part = slice(at, at + step)
+        words = sectors.clusters(clusters[part], geometry.cluster_bits)
+        used = np.bitwise_or.reduce(words.reshape(-1, 64), axis=1).reshape(len(words), per) != 0
+        entry = words[:, ::per_entry]
+        skew = (entry & np.uint64((geometry.cluster - 1) & q.OFFSET_MASK) != 0) & (entry & q.COMPRESSED == 0)
+        aligned = skew.sum(axis=1) <= 0.1 * (entry != 0).sum(axis=1)
+        good[part] = (used.sum(axis=1) == counts[part]) & aligned
     return clusters[good]
 
 
@@ -96,7 +99,7 @@ def _candidate(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not
 def _judged(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, entries: U64) -> Candidate:
     target = ((entries & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
     target = target[target != 0]
-    known = tables.extended if any_extended([entries], tables, geometry) else tables.standard
+    known = tables.extended if any_extended(disk, [entries], tables, geometry)[0] else tables.standard
     there = _among(known, target)
     good = int(there.sum())
     empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in target[~there][:_EMPTY])
@@ -117,12 +120,20 @@ def _plausible_to(disk: Disk, geometry: Geometry, words: U64) -> int:
     return len(words) if good.all() else int(good.argmin())
 
 
-def any_extended(l1_tables: list[U64], tables: Tables, geometry: Geometry) -> bool:
-    """Whether the tables that these L1 tables point to have extended L2 entries."""
+def any_extended(disk: Disk, l1_tables: list[U64], tables: Tables, geometry: Geometry) -> tuple[bool, bool]:
+    """Whether the tables that these L1 tables point to have extended L2 entries, and whether that is sure. Where they
+    may have either kind, they are extended if every other word is zero, in three entries and more."""
+    if geometry.cluster // q.SUBCLUSTERS < SECTOR:
+        return False, True
     every = np.concatenate([np.zeros(0, dtype=np.uint64), *l1_tables])
     target = ((every & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
-    standard, extended = (np.count_nonzero(_among(kind, target)) for kind in (tables.standard, tables.extended))
-    return bool(extended > standard) and geometry.cluster // q.SUBCLUSTERS >= SECTOR
+    standard, extended = (_among(kind, target) for kind in (tables.standard, tables.extended))
+    if np.count_nonzero(standard) != np.count_nonzero(extended):
+        return bool(np.count_nonzero(extended) > np.count_nonzero(standard)), True
+    words = Sectors(disk).clusters(np.unique(target[extended])[:_EMPTY], geometry.cluster_bits)
+    if (words[:, 1::2] & q.OFFSET_MASK).any():
+        return False, True
+    return not words[:, 1::2].any() and int(np.count_nonzero(words[:, ::2])) >= 3, not words.any()
 
 
 def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> U64:
@@ -135,19 +146,24 @@ def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_th
         parts.append(words[:good])
         number += 1
         more = geometry.in_use(np.array([number]))[0] and number not in not_these and good == len(words)
-        if not more or number << geometry.cluster_bits >= disk.size or not _continues(disk, geometry, tables, number):
+        if not more or number << geometry.cluster_bits >= disk.size or not may_belong(disk, geometry, tables, number):
             break
     entries = np.concatenate(parts)
     used = np.flatnonzero(entries)
     return entries[: int(used[-1]) + 1 if len(used) else 0]
 
 
-def _continues(disk: Disk, geometry: Geometry, tables: Tables, cluster: int) -> bool:
-    """Whether the cluster may be the next of an L1 table: nothing but zeros, or pointers to tables."""
+def may_belong(disk: Disk, geometry: Geometry, tables: Tables, cluster: int) -> bool:
+    """Whether the cluster may be one more of an L1 table: nothing but zeros, or pointers to tables, empty ones too."""
     words = disk.read(cluster << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
-    target = ((words[words != 0] & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
-    known = _among(tables.standard, target) | _among(tables.extended, target)
-    return not len(target) or int(known.sum()) >= 0.8 * len(target)
+    offset = words[words != 0] & q.OFFSET_MASK
+    target = (offset >> geometry.cluster_bits).view(np.int64)
+    there = _among(tables.standard, target) | _among(tables.extended, target)
+    there &= offset & np.uint64(geometry.cluster - 1) == 0
+    others = target[~there]
+    others = others[geometry.in_use(others)][:_EMPTY]
+    empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in others)
+    return int(there.sum()) + empty >= _SHARE * len(target)
 
 
 def _zeros(disk: Disk, offset: int, length: int) -> bool:

@@ -145,4 +145,4 @@ class Sectors:
         """(n, cluster / 8) words of whole clusters."""
         per = (1 << bits) // SECTOR
         sectors = (clusters[:, None] * per + np.arange(per)).reshape(-1)
-        return self.words(sectors).reshape(len(clusters), -1)
+        return self.words(sectors).reshape(len(clusters), per * WORDS)
