@@ -14,7 +14,7 @@ from powercut.disk import Disk
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import I64, U64, Bools
 from powercut.formats.qcow2.forensics.geometry import Geometry
-from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, plausible, reach
+from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, reach
 
 _BATCH = 1 << 21  # words that are looked at together
 _SHARE = 0.8  # of an L1 table's entries, those that must point to tables
@@ -116,7 +116,8 @@ def _among(ascending: I64, values: I64) -> Bools:
 
 def _plausible_to(disk: Disk, geometry: Geometry, words: U64) -> int:
     """How many of the words, from the first on, may be L1 entries."""
-    good = plausible(words, reach(disk.size)) & (words & np.uint64(geometry.cluster - 1) & ~np.uint64(q.ZERO) == 0)
+    good = (words & q.L1_RESERVED == 0) & (words & q.OFFSET_MASK < reach(disk.size))
+    good &= words & np.uint64((geometry.cluster - 1) & q.OFFSET_MASK) == 0
     return len(words) if good.all() else int(good.argmin())
 
 
@@ -156,11 +157,11 @@ def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_th
 def may_belong(disk: Disk, geometry: Geometry, tables: Tables, cluster: int) -> bool:
     """Whether the cluster may be one more of an L1 table: nothing but zeros, or pointers to tables, empty ones too."""
     words = disk.read(cluster << geometry.cluster_bits, geometry.cluster).view(q.BE64).astype(np.uint64)
-    offset = words[words != 0] & q.OFFSET_MASK
-    target = (offset >> geometry.cluster_bits).view(np.int64)
+    if _plausible_to(disk, geometry, words) < len(words):
+        return False
+    target = ((words[words != 0] & q.OFFSET_MASK) >> geometry.cluster_bits).view(np.int64)
     there = _among(tables.standard, target) | _among(tables.extended, target)
-    there &= offset & np.uint64(geometry.cluster - 1) == 0
-    others = target[~there]
+    others = target[~there & (target != 0)]
     others = others[geometry.in_use(others)][:_EMPTY]
     empty = sum(_zeros(disk, int(t) << geometry.cluster_bits, geometry.cluster) for t in others)
     return int(there.sum()) + empty >= _SHARE * len(target)
