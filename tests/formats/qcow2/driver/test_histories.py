@@ -183,6 +183,22 @@ def test_control_a_missing_barrier_is_found(tmp_path: Path, history: tuple[str, 
     assert verdict(scenario, planted, tmp_path / "trace") is Verdict.BROKEN
 
 
+def test_version_2_has_nothing_to_say_that_copied_flags_are_not_right_yet(tmp_path: Path) -> None:
+    """So a crash while a snapshot is made, applied or deleted may leave them wrong; but nothing else."""
+    lines = [
+        "write 0 64k",
+        "snapshot create s1",
+        "write 0 6k",
+        "snapshot apply s1",
+        "write 4k 4k",
+        "snapshot delete s1",
+    ]
+    shape = histories.Shape(4096, (65536,), (("cluster_size", "4k"), ("compat", "0.10")))
+    modelled.record(histories.scenario("qcow2", shape, lines, 1), Practice(), tmp_path / "trace")
+    outcome = run.explore_trace(Plan(str(tmp_path / "trace"), "qcow2"), jobs=1)
+    assert {finding.kind for finding in outcome.findings} == {"copied-flag"}
+
+
 def test_a_crashed_image_with_lazy_refcounts_is_rebuilt_when_it_is_opened(tmp_path: Path) -> None:
     file = MemoryFile(create(1 << 20, cluster_bits=12, lazy=True))
     image = alone(open_image(), file)
