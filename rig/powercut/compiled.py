@@ -26,7 +26,7 @@ def build(name: str, suffix: str, sources: Sequence[Path], flags: Sequence[str],
     """
     compiler = shutil.which("cc")
     if compiler is None:
-        raise EnvironmentFault(f"cc was not found, and the {name} is built with it: install gcc, or run `make setup`")
+        raise EnvironmentFault(f"cc was not found, and the {name} is built with it: install gcc")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=30).stdout
     digest = hashlib.sha256(version + " ".join([*flags, *libraries]).encode())
     for source in sources:

@@ -43,10 +43,14 @@ def every_call(tmp_path_factory) -> str:
     return str(program)
 
 
-def test_the_trace_of_every_call_there_is_replays_to_the_files_that_are_there(folder, every_call):
+@pytest.mark.parametrize("recorder", ["preload", "strace"])
+def test_the_trace_of_every_call_there_is_replays_to_the_files_that_are_there(folder, every_call, recorder):
+    if recorder == "strace" and shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
     path = folder.parent / "every.trace"
-    command = ["capture", "--out", str(path), "--dir", str(folder), "--json", str(folder.parent / "json"), "--"]
-    result = CliRunner().invoke(main, [*command, every_call, str(folder)])
+    command = ["capture", "--out", str(path), "--dir", str(folder), "--json", str(folder.parent / "json")]
+    plain = ["plain"] if recorder == "strace" else []  # it is not told the bytes of copies in the kernel
+    result = CliRunner().invoke(main, [*command, "--recorder", recorder, "--", every_call, str(folder), *plain])
     assert result.exit_code == 0, result.output
     trace = Trace(path)
     trace.verify()
@@ -216,6 +220,25 @@ def test_an_interrupted_program_leaves_a_trace(folder):
     assert running.returncode == 2, said
     assert "signal 2" in said
     assert len(Trace(path).events)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_without_a_compiler_strace_records(folder, monkeypatch, every_call):
+    """Threads, processes and descriptors are followed; what strace cannot see is refused to the program."""
+    tools = folder.parent / "tools"
+    tools.mkdir()
+    for tool in ("strace", "sh"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    monkeypatch.setenv("PATH", str(tools))
+    result = run_captured(folder, every_call, str(folder), "plain")
+    assert result.exit_code == 0, result.output
+    trace = Trace(folder.parent / "t")
+    assert trace.meta["recorder"] == "strace"
+    shared = next(info.id for info in trace.files if info.name == "shared")
+    mine = trace.events[trace.events["file"] == shared]
+    assert ((mine["kind"] == Kind.WRITE).sum(), (mine["kind"] == Kind.FLUSH).sum()) == (200, 4)
+    refused = run_captured(folder, every_call, str(folder))
+    assert "the recorder refused it copy_file_range" in refused.output
 
 
 def test_without_a_compiler_there_is_a_clear_sentence(folder, monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from powercut import __version__, compiled
-from powercut.capture import recorded
+from powercut.capture import recorded, strace
 from powercut.capture.filetree import Node, Tree
 from powercut.capture.replayed import compare
 from powercut.capture.translate import MAX_FILES, Translation, find_image
@@ -101,15 +101,23 @@ def capture(
     image: str | None = None,
     format: str | None = None,
     limit: int = LIMIT,
+    recorder: str | None = None,
 ) -> Captured:
-    """Run `command` and write the trace of what it did to files under `directories` to `out`.
+    """Run `command` and write the trace of what it did to files under `directories` to `out`. `recorder` is "preload"
+    or "strace"; None: strace only where there is no compiler.
 
     Raises InputError, and `out` is then left as it was; EnvironmentFault if the disk became full: `out` then holds what
     was recorded until then, and says so.
     """
     roots = roots_of(directories)
-    check_program(command[0])
-    library = build()
+    if recorder is None:
+        recorder = "strace" if shutil.which("cc") is None and strace.available() else "preload"
+    if recorder == "strace" and shutil.which(command[0]) is None:
+        raise InputError(f"{command[0]}: no such program")
+    library = None
+    if recorder == "preload":
+        check_program(command[0])
+        library = build()
     out = Path(os.path.realpath(out))
     try:
         scratch_folder = tempfile.TemporaryDirectory(prefix=".powercut-capture-", dir=out.parent)
@@ -122,10 +130,14 @@ def capture(
         copies.mkdir()
         tree = Tree(roots, {str(out), scratch})
         tree.save(copies, limit)
-        recorded.make_control(log, roots, tree.live)
-        status, seconds = _run(command, library, log)
-        stopped = recorded.why_stopped(log)
-        calls = recorded.read(log)
+        stopped = None
+        if library is None:
+            status, seconds, calls = strace.run(command, log, tree)
+        else:
+            recorded.make_control(log, roots, tree.live)
+            status, seconds = _run(command, library, log)
+            stopped = recorded.why_stopped(log)
+            calls = recorded.read(log)
         if stopped:  # what a call did that has not returned since cannot be told from the files as they are now
             calls = [call for call in calls if call.result is not None or not call.changes_names]
         translation = Translation(tree, calls)
@@ -143,7 +155,7 @@ def capture(
             )
         meta = {
             "powercut": __version__,
-            "recorder": "preload",
+            "recorder": recorder,
             "scope": "overlap",
             "command": list(command),
             "exit_status": status,

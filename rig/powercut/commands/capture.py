@@ -15,6 +15,7 @@ from powercut.commands import JSON
 @click.option("--dir", "directories", multiple=True, metavar="DIR", help="What to watch.  [default: where you are]")
 @click.option("--image", metavar="NAME", help="The file that is the disk image under test.")
 @click.option("--format", "format_name", help="The image's format, for the trace to remember.")
+@click.option("--recorder", type=click.Choice(["preload", "strace"]), help="[default: strace only without a compiler]")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The trace to write.")
 @JSON
 def capture(
@@ -22,6 +23,7 @@ def capture(
     directories: tuple[str, ...],
     image: str | None,
     format_name: str | None,
+    recorder: str | None,
     out: Path,
     json_path: str | None,
 ) -> None:
@@ -33,7 +35,7 @@ def capture(
     from powercut.report import document
     from powercut.report.text import count
 
-    result = program.capture(command, directories or (".",), out, image=image, format=format_name)
+    result = program.capture(command, directories or (".",), out, image=image, format=format_name, recorder=recorder)
     for warning in result.warnings:
         click.echo(f"powercut: warning: {warning}", err=True)
     if json_path != "-":
