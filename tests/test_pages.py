@@ -26,7 +26,7 @@ def scripts(page: str) -> list[list[str]]:
 
 
 @needs_qemu
-@pytest.mark.parametrize("name", ["races.md"])
+@pytest.mark.parametrize("name", ["races.md", "fuzz.md"])
 def test_the_commands_of_a_page_print_what_it_says(name, tmp_path):
     if not version().startswith("7.2"):
         pytest.skip(f"the page speaks of QEMU 7.2, not {version()}")

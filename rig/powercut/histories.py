@@ -118,6 +118,7 @@ def _lines(shape: Shape, kinds: tuple[str, ...]) -> SearchStrategy[str]:
 def drawn(format: str, kinds: tuple[str, ...], lie: tuple[str, ...] = ()) -> SearchStrategy[Scenario]:
     """Scenarios of at most `MOST` operations: writes, flushes, reopens, and what `kinds` names (of `KINDS`), from an
     image that is fresh, has a snapshot, or a backing file. `lie` as in a scenario's recording."""
+    from hypothesis import assume
     from hypothesis import strategies as st
 
     @st.composite
@@ -139,7 +140,9 @@ def drawn(format: str, kinds: tuple[str, ...], lie: tuple[str, ...] = ()) -> Sea
         if "snapshot" in wanted and draw(st.sampled_from((False, False, True))):
             before = [f"write 0 {size_text(2 * shape.cluster)}", "snapshot create s0"]
         history = draw(st.lists(_lines(shape, wanted), min_size=1, max_size=MOST))
-        return possible(scenario(format, shape, [*before, *history], depth, backing, lie))
+        drawn_scenario = possible(scenario(format, shape, [*before, *history], depth, backing, lie))
+        assume(drawn_scenario.workload.history)
+        return drawn_scenario
 
     return scenarios()
 
@@ -192,7 +195,7 @@ def toml(scenario: Scenario) -> str:
     import tomlkit
 
     keys, plain = msgspec.to_builtins(scenario), msgspec.to_builtins(Scenario(about="", expect="HOLDS"))
-    changed = {key: value for key, value in keys.items() if value != plain[key]}
+    changed = {key: value for key, value in keys.items() if value != plain[key] or key in ("about", "expect")}
     for part in ("record", "explore"):
         if part in changed:
             changed[part] = {key: value for key, value in changed.pop(part).items() if value != plain[part][key]}

@@ -34,10 +34,11 @@ class Workload(Struct, frozen=True, forbid_unknown_fields=True, rename={"extra":
 
 class Recording(Struct, frozen=True, forbid_unknown_fields=True):
     """`via` is what records: our NBD server under the format, or QEMU's blklogwrites driver. `lie`: what the server
-    acknowledges without doing it. `no_flush`: cache.no-flush=on on every node (blklogwrites only)."""
+    does not do, or late, and acknowledges (`powercut.capture.nbd`). `no_flush`: cache.no-flush=on on every node
+    (blklogwrites only)."""
 
     via: Literal["nbd", "blklogwrites"] = "nbd"
-    lie: tuple[Literal["flush"], ...] = ()
+    lie: tuple[Literal["flush", "order"], ...] = ()
     no_flush: bool = False
 
 

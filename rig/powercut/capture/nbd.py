@@ -19,15 +19,15 @@ _KINDS = {
     Command.TRIM: Kind.DISCARD,
     Command.FLUSH: Kind.FLUSH,
 }
-LIES = ("flush",)
 
 
 class Recorder:
     """The side of an export that records: whatever is asked of it becomes an event of file `file` in the trace that
     `writer` writes.
 
-    `lie` names what is acknowledged and not done, as a control: "flush". The event is recorded with the flag
-    LIED and counts for nothing in exploration.
+    `lie` names what is acknowledged and not done, as a control. "flush": every flush; the event is recorded with the
+    flag LIED and counts for nothing in exploration. "order": a flush is done only when the next change was issued, or
+    another flush, so that what was to come first and what was to come after may reach the disk in either order.
     """
 
     block_size = SECTOR
@@ -36,6 +36,8 @@ class Recorder:
         self._writer = writer
         self._file = file
         self._flush_flags = int(Flag.LIED) if "flush" in lie else 0
+        self._late = "order" in lie
+        self._owed = False  # a flush was acknowledged and is still to be done
 
     def received(self, request: Request) -> None:
         kind = _KINDS.get(request.kind)
@@ -43,11 +45,15 @@ class Recorder:
             return
         flags = (Flag.FUA if request.fua else 0) | (Flag.MAY_UNMAP if request.may_unmap else 0)
         if kind is Kind.FLUSH:
-            flags = self._flush_flags
+            self._owed = self._late and not self._owed
+            flags = int(Flag.LIED) if self._owed else self._flush_flags
         elif self._flush_flags:
             flags &= ~Flag.FUA  # FUA is a flush of one write: a liar lies about both
         data = request.data if kind is Kind.WRITE else None
         request.note = self._writer.issue(kind, self._file, request.offset, request.length, data=data, flags=int(flags))
+        if self._owed and kind is not Kind.FLUSH:
+            self._owed = False
+            self._writer.complete(self._writer.issue(Kind.FLUSH, self._file))
 
     def finishing(self, request: Request, error_number: int) -> None:
         if request.note is not None:

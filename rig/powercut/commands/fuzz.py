@@ -23,7 +23,7 @@ from powercut.commands import JSON
 )
 @click.option("--systematic", type=click.IntRange(1), metavar="N", help="All histories of up to N operations.")
 @click.option(
-    "--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control)."
+    "--lie", type=click.Choice(["flush", "order"]), multiple=True, help="Acknowledge this without doing it (a control)."
 )
 @click.option("--jobs", type=click.IntRange(1), help="Processes to use (systematic only).  [default: all cores]")
 @click.option(

@@ -19,7 +19,7 @@ from powercut.commands import JSON, named_values
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--backing", metavar="SIZE", help="Put the image on a raw backing file of this size.")
 @click.option(
-    "--lie", type=click.Choice(["flush"]), multiple=True, help="Acknowledge this without doing it (a control)."
+    "--lie", type=click.Choice(["flush", "order"]), multiple=True, help="Acknowledge this without doing it (a control)."
 )
 @click.option(
     "--via", type=click.Choice(["nbd", "blklogwrites"]), default="nbd", show_default=True, help="What records."
