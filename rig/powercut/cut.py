@@ -96,6 +96,7 @@ class CutLane(Lane):
         socket = self.folder / f"disk{number}.sock"
         socket.unlink(missing_ok=True)
         export = RecordingExport(image.path, writer, of_image, frozenset(self.scenario.record.lie))
+        self._serving.callback(export.write_back)
         self._serving.enter_context(Server(export, socket))
         file = {"driver": "nbd", "server": {"type": "unix", "path": str(socket)}}
         below = {"backing": image.base_node()} if image.backing else {}

@@ -157,7 +157,7 @@ class TraceWriter:
     def __init__(self, path: str | os.PathLike[str], meta: dict[str, Any]) -> None:
         self.path = os.fspath(path)
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from None
         self._lock = threading.Lock()
@@ -196,7 +196,8 @@ class TraceWriter:
         flags: int = 0,
         result: int = 0,
         payload: Any = None,
-    ) -> int:
+    ) -> tuple[int, int]:
+        """Append a record. Returns its position, and where its payload begins."""
         stored = 0 if payload is None else len(payload)
         digest = xxhash.xxh3_64_intdigest(payload) if stored else 0
         with self._lock:
@@ -206,13 +207,14 @@ class TraceWriter:
             body = _HEADER.pack(kind, flags, file, offset, length, ref, stored, digest, now, result, 0)
             self._waiting.append(zlib.crc32(body).to_bytes(4, "little") + body)
             self._position += 1
+            begin = 0
             if stored:
                 after = self._end + len(self._waiting) * RECORD.itemsize
                 begin = _stored_position(after, offset)
                 self._waiting += [bytes(begin - after), payload, bytes(-(begin + stored) % RECORD.itemsize)]
             if stored or len(self._waiting) >= _WAITING:
                 self._write_waiting()
-            return self._position - 1
+            return self._position - 1, begin
 
     def _write_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -260,7 +262,17 @@ class TraceWriter:
         ref: int = 0,
     ) -> int:
         """Record that an event was issued, and return its position."""
-        return self._record(kind, file, offset, length, ref, flags, payload=data)
+        return self._record(kind, file, offset, length, ref, flags, payload=data)[0]
+
+    def issue_stored(
+        self, kind: Kind, file: int, offset: int, length: int, data: Any, flags: int = 0
+    ) -> tuple[int, int]:
+        """The same for an event with bytes; and where in the trace file they begin."""
+        return self._record(kind, file, offset, length, flags=flags, payload=data)
+
+    def read(self, place: int, length: int) -> bytes:
+        """`length` bytes at byte `place` of the trace file: a payload, or a part of it."""
+        return os.pread(self._fd, length, place)
 
     def complete(self, position: int, result: int = 0) -> None:
         """Record that the event issued at `position` completed with `result` (0, or an errno)."""

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from powercut.capture.nbd import RecordingExport
 from powercut.crash.model import Durability
@@ -36,6 +39,7 @@ def recording(tmp_path: Path, lie: frozenset[str] = frozenset(), holding: type |
         export = (holding or RecordingExport)(image, writer, writer.file("image", SIZE, "image"), lie)
         with Server(export, socket), Client(socket) as client:
             yield client
+        export.write_back()
 
 
 def recorded(tmp_path: Path) -> Trace:
@@ -62,7 +66,8 @@ def drive(client: Client, count: int, depth: int, seed: int = 1) -> list[bytes]:
 def test_at_depth_16_requests_overlap_and_every_byte_is_there(tmp_path, figure):
     with recording(tmp_path) as client:
         written = drive(client, 300, 16)
-        assert bytes(client.read(0, SIZE)) == (tmp_path / "image").read_bytes()
+        read = bytes(client.read(0, SIZE))
+    assert read == (tmp_path / "image").read_bytes()
     trace = recorded(tmp_path)
     events = trace.events
     assert [bytes(trace.payload(event)) for event in events] == written, "in the order in which they were asked"
@@ -78,6 +83,37 @@ def test_at_depth_16_requests_overlap_and_every_byte_is_there(tmp_path, figure):
         data = trace.payload(event)
         latest[event["offset"] : event["offset"] + len(data)] = np.frombuffer(data, dtype=np.uint8)
     assert latest.tobytes() == (tmp_path / "image").read_bytes(), "completion is the order in which they took effect"
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_what_is_read_is_what_was_written_last(data):
+    """Reads of any range are put together from the trace, the image as it was, and zeros."""
+    sectors = 16
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image"
+        content = bytearray(random.Random(1).randbytes(sectors * SECTOR))
+        image.write_bytes(content)
+        with TraceWriter(f"{folder}/t", {}) as writer:
+            export = RecordingExport(image, writer, writer.file("image", len(content), "image"), frozenset())
+            with Server(export, f"{folder}/s"), Client(f"{folder}/s") as client:
+                for number in range(data.draw(st.integers(1, 8))):
+                    first = data.draw(st.integers(0, sectors - 1))
+                    count = data.draw(st.integers(1, sectors - first))
+                    begin, end = first * SECTOR, (first + count) * SECTOR
+                    if data.draw(st.booleans()):
+                        client.write(begin, new := bytes([number + 1]) * (end - begin))
+                    else:
+                        client.zero(begin, end - begin)
+                        new = bytes(end - begin)
+                    content[begin:end] = new
+                    first = data.draw(st.integers(0, sectors - 1))
+                    count = data.draw(st.integers(1, sectors - first))
+                    begin, end = first * SECTOR, (first + count) * SECTOR
+                    assert bytes(client.read(begin, end - begin)) == content[begin:end]
+                assert image.read_bytes() == random.Random(1).randbytes(sectors * SECTOR), "the file is only read"
+            export.write_back()
+        assert image.read_bytes() == content
 
 
 def test_control_at_depth_1_nothing_overlaps(tmp_path):

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import CHANGES, Durability, column, sparse_zeros, table
+from powercut.crash.model import CHANGES, Durability, column, table
 from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
+from powercut.sparse import sparse_zeros
 from powercut.stamp import GARBAGE, decode
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
 

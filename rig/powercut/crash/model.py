@@ -25,7 +25,6 @@ and what may survive of them is what the guest may read after the crash (see `po
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,18 +32,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from powercut.sparse import sparse_zeros
 from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
 
 _PAGE = 4096
 CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
-_MAP_NORESERVE = 0x4000
-
-
-def sparse_zeros(count: int, dtype: type[np.generic]) -> NDArray[np.generic]:
-    """A zeroed array whose untouched pages take no memory, however large it is."""
-    size = max(1, count) * np.dtype(dtype).itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    return np.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=dtype)[:count]
 
 
 def epochs(trace: Trace, file: int | None = None) -> list[int]:

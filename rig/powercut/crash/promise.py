@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import Durability, sparse_zeros
+from powercut.crash.model import Durability
+from powercut.sparse import sparse_zeros
 from powercut.stamp import GARBAGE, ZERO
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
 
