@@ -16,11 +16,13 @@ from powercut import endings, formats, modelloop, operations, record, run, sweep
 from powercut import loop as looping
 from powercut.crash.options import atom_of
 from powercut.errors import EnvironmentFault, InputError, PowercutError
+from powercut.formats.quire import prove
 from powercut.guest.daemon import version
 from powercut.report import errors as errors_report
 from powercut.report import loop as loop_reports
 from powercut.report import modelloop as model_reports
 from powercut.report import outcome as reports
+from powercut.report import stores as store_reports
 from powercut.report.text import progress, states
 from powercut.run import Outcome
 from powercut.scenario import Scenario, load
@@ -124,6 +126,8 @@ def _load(file: Path) -> Scenario:
             endings.find(scenario.loop.ending)
         elif scenario.errors is not None:
             sweep.prepared(scenario)
+        elif scenario.quire is not None:
+            prove.check(scenario)
         else:
             formats.find(scenario.format)
             operations.operations(scenario)
@@ -137,6 +141,8 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
         return _swept(scenario, qemu, jobs, save)
     if scenario.model is not None:
         return _modelled(scenario)
+    if scenario.quire is not None:
+        return _proved(scenario, qemu, jobs)
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         if scenario.trace is not None:
             trace = file.parent / scenario.trace
@@ -190,7 +196,7 @@ def _swept(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Resul
 
 def _without_qemu(scenario: Scenario) -> bool:
     """Whether everything in it is ours: the guest, the driver and the disk."""
-    return scenario.model is not None and scenario.model.guest == "client"
+    return scenario.quire is not None or (scenario.model is not None and scenario.model.guest == "client")
 
 
 def _modelled(scenario: Scenario) -> Result:
@@ -204,6 +210,20 @@ def _modelled(scenario: Scenario) -> Result:
     told = Told(outcome.word, f"{outcome.loops} loops", model_reports.document(outcome), model_reports.text(outcome))
     state = "expected" if as_expected else "unexpected"
     return Result(scenario.name, scenario, state, outcome.why, told=told)
+
+
+def _proved(scenario: Scenario, qemu: str, jobs: int | None) -> Result:
+    """Our own format, judged by its promises."""
+    with progress(f"exploring {scenario.name}"):
+        proof = prove.prove(scenario, jobs)
+    why = ", ".join(sorted({f"{found.problem.severity.label} ({found.problem.rule})" for found in proof.findings}))
+    result = _judge(scenario, proof.verdict, {found.problem.rule for found in proof.findings}, why, proof.reasons, qemu)
+    found = [(one.problem, str(one)) for one in proof.findings]
+    covered = f"{proof.epochs:>6,} {states(proof.log2_states):>10} {proof.checks:>7,}"
+    document = store_reports.document(str(proof.verdict), proof.coverage, found, proof.reasons)
+    lines = str(proof.findings[0]) if proof.findings and result.state != "expected" else ""
+    result.told = Told(str(proof.verdict), covered, document, lines)
+    return result
 
 
 def plan_of(scenario: Scenario, trace: Path) -> Plan:

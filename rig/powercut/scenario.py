@@ -110,12 +110,34 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     guest: Literal["client", "machine"] = "client"
 
 
+class Quire(Struct, frozen=True, forbid_unknown_fields=True):
+    """A set of our own format, on a recorded store: `workload.history` has its own lines (`powercut.formats.quire`).
+    `records`: how commits are written, P (two syncs) or C (one); `slots`: of the journal."""
+
+    records: Literal["P", "C"] = "C"
+    slots: Annotated[int, Meta(ge=4)] = 4
+
+
+Rule = Literal[
+    "opens",
+    "structure",
+    "acknowledged",
+    "atomic-tree",
+    "immutable",
+    "no-leak",
+    "detects",
+    "checker",
+    "repairs",
+    "alive",
+]
+
+
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """See the module. `rule` and `qemu` go with expect = "BROKEN": the rule that must be among the broken ones, and
     the QEMU versions (prefixes) for which that is known; for others nothing is expected. `trace`: a recording that
     is shipped beside the scenario, explored as it is, so that no QEMU is needed. `loop`: nothing is recorded; a real
     guest is started and ended, and CLEAN is expected: no loop failed. `errors`: no crash, but errors while
-    the guest writes."""
+    the guest writes. `quire`: our own format, and no QEMU."""
 
     about: str
     expect: Literal["HOLDS", "BROKEN", "CLEAN"]
@@ -129,7 +151,10 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     loop: Loop | None = None
     model: Model | None = None
     errors: Errors | None = None
-    rule: Literal["opens", "structure", "acknowledged", "checker", "repairs", "alive"] | None = None
+    quire: Quire | None = None
+    rule: (
+        Literal["opens", "structure", "acknowledged", "atomic-tree", "immutable", "checker", "repairs", "alive"] | None
+    ) = None
     qemu: tuple[str, ...] = ()
     trace: str | None = None
     name: str = ""

@@ -111,6 +111,17 @@ class StoreOutcome:
             return Verdict.BROKEN
         return Verdict.HOLDS if self.exhausted == self.epochs and not self.reasons else Verdict.UNKNOWN
 
+    @property
+    def coverage(self) -> dict[str, float]:
+        """The numbers, by name."""
+        return {
+            "epochs": self.epochs,
+            "epochs_exhausted": self.exhausted,
+            "undecided": self.undecided,
+            "log2_states": round(self.log2_states, 1),
+            "checks": self.checks,
+        }
+
     def add(self, other: StoreOutcome) -> None:
         """Count `other` epochs in."""
         self.epochs += other.epochs

@@ -1,0 +1,47 @@
+"""A scenario of Quire: its history is done for real on a recorded store, every promise judged on every crash state.
+
+The judge runs Quire's own open, recovery and writing; crashes inside what those write are explored in their turn.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from powercut.crash.options import Options
+from powercut.errors import InputError
+from powercut.formats.quire.history import Promises, parse, record
+from powercut.formats.quire.judge import Quire
+from powercut.scenario import Scenario, parse_size
+from powercut.stores import StoreOutcome, explore_store
+from quire.errors import QuireError
+from quire.layout import CHECKED_RECORDS
+
+
+def check(scenario: Scenario) -> None:
+    """Raises InputError if the scenario cannot be done."""
+    if scenario.format != "quire":
+        raise InputError(f"format {scenario.format!r} does not go with the table quire")
+    parse(scenario.workload.history)
+
+
+def prove(scenario: Scenario, jobs: int | None = None) -> StoreOutcome:
+    """Record and explore. Raises InputError if the history cannot be done."""
+    assert scenario.quire is not None
+    lines = parse(scenario.workload.history)
+    features = CHECKED_RECORDS if scenario.quire.records == "C" else 0
+    with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+        trace = Path(scratch) / "history.trace"
+        try:
+            record(lines, parse_size(scenario.size), scenario.quire.slots, trace, features)
+        except QuireError as error:
+            raise InputError(f"the history cannot be done: {error}") from None
+        return explore_store(
+            trace,
+            Quire(Promises(trace, lines)),
+            depth=scenario.explore.recovery_depth,
+            options=Options(lying=scenario.explore.lying_flushes),
+            budget=scenario.explore.budget,
+            jobs=jobs or os.cpu_count() or 1,
+        )
