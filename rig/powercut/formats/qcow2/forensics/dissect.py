@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from powercut.disk import Disk
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.check import check
+from powercut.formats.qcow2.entries import compressed_extent
 from powercut.formats.qcow2.forensics import geometry, headers
 from powercut.formats.qcow2.forensics.anatomy import Anatomy, begun_earlier, by_header, by_structure
 from powercut.formats.qcow2.forensics.layers import Layers, Refs, all_references, clean, of
@@ -19,6 +21,10 @@ from powercut.formats.qcow2.header import read_header
 
 # Problems of what hangs from the header: with these, the header itself is in doubt.
 _SPINE = {"l1-reserved", "l1-unaligned", "overlapping-tables", "refcount-table", "snapshot-l1", "snapshot-table"}
+
+
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_UNCOUNTED = 2  # without refcounts, references weigh so many halves less
 
 
 def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda done, of: None) -> Anatomy | None:
@@ -35,9 +41,26 @@ def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda
     found = scan(path, disk.size, progress)
     tried += [anatomy for g in geometry.find(disk, found) for anatomy in by_structure(disk, found, g)]
     best = max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)
-    if best is None or best.found is None or not (earlier := _in_front(best, *best.found)):
-        return best
-    return begun_earlier(best, earlier)
+    if best is not None and best.found is not None and (earlier := _in_front(best, *best.found)):
+        best = begun_earlier(best, earlier)
+    if best is not None and not best.intact and _first_compressed(best).startswith(_ZSTD):
+        zstd = best.header.incompatible | q.INCOMPATIBLE_COMPRESSION
+        best.header = replace(best.header, version=3, incompatible=zstd, compression_type=q.COMPRESSION_ZSTD)
+        best.notes.append(recovered("compression", "zstd: the first compressed cluster begins with its magic number"))
+    return best
+
+
+def _first_compressed(anatomy: Anatomy) -> bytes:
+    """The first bytes of some compressed cluster."""
+    layers = of(anatomy)
+    clean(layers, anatomy, [])
+    for batch in Layers(anatomy.disk, anatomy.header, layers, anatomy.disk.size).batches():
+        entry = batch.words[:, :: anatomy.header.l2_entry_size // 8]
+        compressed = entry[entry & q.COMPRESSED != 0]
+        if len(compressed):
+            offset, _ = compressed_extent(compressed[:1], anatomy.header)
+            return anatomy.disk.read(int(offset[0]), len(_ZSTD)).tobytes()
+    return b""
 
 
 def _references(anatomy: Anatomy) -> Refs:
@@ -75,7 +98,7 @@ def _explained(anatomy: Anatomy) -> int:
     refs = _references(anatomy)
     counts = anatomy.geometry.counts
     if counts is None:
-        return int(np.count_nonzero(refs)) << anatomy.header.cluster_bits
+        return int(np.count_nonzero(refs)) << anatomy.header.cluster_bits >> _UNCOUNTED
     beyond = int(np.count_nonzero(refs[len(counts) :]))
     refs = refs[: len(counts)]
     fitting = np.count_nonzero((refs > 0) & (refs <= counts)) - np.count_nonzero(refs > counts)

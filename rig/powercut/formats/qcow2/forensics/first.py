@@ -19,8 +19,9 @@ from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import U64
 from powercut.formats.qcow2.forensics.anatomy import Anatomy
 from powercut.formats.qcow2.forensics.guest import partitions
-from powercut.formats.qcow2.forensics.homes import homes_of_first, restore_patched
+from powercut.formats.qcow2.forensics.homes import homes_of_first
 from powercut.formats.qcow2.forensics.notes import Note, guest_range, lost
+from powercut.formats.qcow2.forensics.patched import is_patched, restore_l1, restore_l2
 from powercut.formats.qcow2.forensics.scan import plausible, reach
 
 _MAGICS = (
@@ -123,13 +124,15 @@ def _table(disk: Disk, anatomy: Anatomy) -> First | None:
     """An L2 table, or the L1 table of a snapshot."""
     words = disk.read(0, anatomy.header.cluster_size).view(q.BE64).astype(np.uint64)
     saved = anatomy.saved
-    patched = bool(saved) and int(words[7]) & 0xFFFF_FFFF == len(saved) and int(words[8]) == saved[0].where
+    patched = is_patched(anatomy, words)
     trusted = np.delete(words, [7, 8]) if patched else words
     also = f"; bytes 60 to 71 hold the snapshot count {len(saved)} and offset {saved[0].where:#x}" if patched else ""
     for number, one in enumerate(saved):
         if one.l1_table_offset == 0:
-            anatomy.saved_l1[number], notes = restore_patched(anatomy, words, None) if patched else (words, [])
-            anatomy.saved_l1[number] = anatomy.saved_l1[number][: one.l1_size]
+            own = anatomy.saved_l1[number]
+            anatomy.saved_l1[number], notes = (
+                restore_l1(anatomy, number, own) if patched and len(own) > 8 else (own, [])
+            )
             text = f"the L1 table of {one.called}: {np.count_nonzero(words)} entries{also}"
             return First("l1-table", text, notes=notes)
     if anatomy.l1.any() and anatomy.header.l1_table_offset == 0:
@@ -149,5 +152,5 @@ def _table(disk: Disk, anatomy: Anatomy) -> First | None:
         text += f", {told} {mapped} (L1 entry {index})"
     repairs: list[Note] = []
     if patched and per == 1:
-        words, repairs = restore_patched(anatomy, words, homes[0][1] if homes else None)
+        words, repairs = restore_l2(anatomy, words, homes)
     return First("l2-table", text + also, words, homes, sure, repairs)

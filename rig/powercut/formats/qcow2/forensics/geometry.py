@@ -95,11 +95,12 @@ def find(disk: Disk, scan: Scan) -> list[Geometry]:
             continue
         for table, words in _candidates(sectors, scan, bits):
             found += _describing_themselves(disk, table, words, bits, offsets)
+    bits = _by_alignment(offsets)
     if found:
         best = sorted(found, key=lambda g: (g.merit, g.cluster_bits), reverse=True)
         best = [g for g in best if sum(g.merit) > sum(best[0].merit) - 0.2][:_KEPT]
-        return [replace(g, counts=read_counts(disk, g.blocks, g.cluster_bits, g.refcount_order)) for g in best]
-    bits = _by_alignment(offsets)
+        other = [] if bits in (0, *(g.cluster_bits for g in best)) else [Geometry(bits)]
+        return [replace(g, counts=read_counts(disk, g.blocks, g.cluster_bits, g.refcount_order)) for g in best] + other
     return [Geometry(bits)] if bits else []
 
 

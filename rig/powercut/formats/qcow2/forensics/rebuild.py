@@ -91,7 +91,7 @@ def _copy(source: str, size: int, new: _Growing, progress: Callable[[int, int], 
 def _settle_first(anatomy: Anatomy, first: First, layers: list[Layer], new: _Growing) -> list[Note]:
     """Move a table that lies where the header belongs, and point to its new place."""
     if first.table is None:
-        return []
+        return first.notes
     offset = new.add(first.table.astype(q.BE64).tobytes())
     for number, index in first.homes:
         layers[number].l1[index] = offset

@@ -19,6 +19,7 @@ from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, reach
 _BATCH = 1 << 21  # words that are looked at together
 _SHARE = 0.8  # of an L1 table's entries, those that must point to tables
 _LOOKED_AT = 4096  # candidates of a batch
+_DENSE = 16  # extended L2 entries of compressed clusters, that are told by their lying at every other word
 _EMPTY = 64  # clusters of zeros that may be tables of nothing
 
 
@@ -123,7 +124,7 @@ def _plausible_to(disk: Disk, geometry: Geometry, words: U64) -> int:
 
 def any_extended(disk: Disk, l1_tables: list[U64], tables: Tables, geometry: Geometry) -> tuple[bool, bool]:
     """Whether the tables that these L1 tables point to have extended L2 entries, and whether that is sure. Where they
-    may have either kind, they are extended if every other word is zero, in three entries and more."""
+    may have either kind, they are extended if every other word is zero, in many entries without a gap."""
     if geometry.cluster // q.SUBCLUSTERS < SECTOR:
         return False, True
     every = np.concatenate([np.zeros(0, dtype=np.uint64), *l1_tables])
@@ -134,7 +135,9 @@ def any_extended(disk: Disk, l1_tables: list[U64], tables: Tables, geometry: Geo
     words = Sectors(disk).clusters(np.unique(target[extended])[:_EMPTY], geometry.cluster_bits)
     if (words[:, 1::2] & q.OFFSET_MASK).any():
         return False, True
-    return not words[:, 1::2].any() and int(np.count_nonzero(words[:, ::2])) >= 3, not words.any()
+    used = np.flatnonzero(words[:, ::2].any(axis=0))
+    dense = len(used) >= _DENSE and int(used[-1] - used[0]) < 1.1 * len(used)
+    return not words[:, 1::2].any() and dense, not words.any()
 
 
 def read_l1(disk: Disk, geometry: Geometry, tables: Tables, cluster: int, not_these: set[int]) -> U64:
