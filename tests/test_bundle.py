@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import zipfile
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
 
 from powercut import bundle
 from powercut.errors import InputError
+from powercut.guest.daemon import version
+from powercut.record import record
 from powercut.replay import replay
 from powercut.report.outcome import save
 from powercut.run import explore_trace
+from powercut.scenario import from_options
 from powercut.session import Plan
+from powercut.trace import Trace
+from support.qemu import needs_qemu
 
 SHIPPED = Path(__file__).parents[1] / "scenarios" / "shipped-lying-flush.trace"
 
@@ -60,3 +67,26 @@ def test_a_finding_of_another_trace_is_refused(saved, tmp_path):
     with pytest.raises(InputError, match="another trace"):
         bundle.write(str(saved[0].path), str(tmp_path / "b.zip"), other)
     assert not (tmp_path / "b.zip").exists()
+
+
+@needs_qemu
+def test_a_bundle_says_what_was_expected_and_found(tmp_path, monkeypatch):
+    """Bytes of a guest's sector: both are stamps, and both are in the trace, where the client wrote them."""
+    options = {"about": "", "expect": "BROKEN", "size": "1M", "record": {"lie": ["order"]}}
+    history = ["write 0 64k", "flush", "write 0 64k", "flush", "reopen", "write 0 4k", "flush", "write 64k 64k"]
+    options["workload"] = {"depth": 1, "history": history}
+    trace = tmp_path / "t.trace"
+    record(from_options(options | {"format": "raw"}), trace)
+    outcome = explore_trace(Plan(str(trace), "raw"), jobs=1)
+    stale = [item for item in outcome.findings if item.kind == "stale"]
+    assert stale
+    rows = {row.tobytes() for row in Trace(trace).rows}
+    for item in save(stale, tmp_path / "findings"):
+        bundle.write(str(item.path), str(tmp_path / "b.zip"))
+        with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+            told = json.loads(archive.read("finding.json"))
+        found, expected = b64decode(told["found"]), [b64decode(legal["data"]) for legal in told["expected"]]
+        assert found not in expected
+        assert {found, *expected} <= rows
+        assert told["qemu"] == version()
+        assert told["powercut"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from powercut.crash.disk import CrashDisk
 from powercut.crash.explore import Found
-from powercut.crash.finding import Decided, Finding, describe, from_found
+from powercut.crash.finding import Decided, Finding, Legal, describe, from_found
 from powercut.crash.shrink import lost_atoms, newest
 from powercut.session import Plan, Session
 from powercut.trace import Trace
@@ -21,7 +22,17 @@ def explain(found: Found, plan: Plan, trace: Trace, seen: int) -> Finding:
     """Shrink and explain what was found; `seen` says how often the search met it."""
     session = Session(plan, trace)
     session.advance(found.position)
-    image = session.image
+    finding = _told(session, found, seen)
+    own = trace.meta.get("recorder") == "nbd" and "workload" in trace.meta
+    if session.promise is None or not found.problem.found or not own:
+        return finding  # what another guest wrote is known by its number only
+    legal = session.promise.contents(found.problem.where)
+    return msgspec.structs.replace(finding, expected=[Legal(what, data) for what, data in legal])
+
+
+def _told(session: Session, found: Found, seen: int) -> Finding:
+    """The finding, with the fewest lost atoms and what had to come first, as far as that can be told."""
+    image, plan, trace = session.image, session.plan, session.trace
 
     def breaks() -> bool:
         return any(p.rule == found.problem.rule and p.kind == found.problem.kind for p in session.problems(_MOST))

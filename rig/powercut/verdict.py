@@ -66,6 +66,7 @@ class Problem:
     severity: Severity
     text: str
     rests_on: tuple[tuple[int, int], ...] = field(default=())
+    found: bytes = field(default=b"", compare=False)  # what was read, if the rule is about that
 
     @property
     def key(self) -> tuple[str, str, int]:

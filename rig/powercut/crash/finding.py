@@ -50,11 +50,19 @@ class Patch(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class Legal(msgspec.Struct, frozen=True):
+    """What might have been found instead: in words, and the bytes (base64 in JSON)."""
+
+    what: str
+    data: bytes
+
+
 class Finding(msgspec.Struct, frozen=True):
     """See the module. `checker` is the command that judged, if one did; `patches` what it had written before it was
     cut off itself. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
     what had to be on disk before what; `fault` is what the medium did besides. `whole`, `survivors` (the order) and
-    `torn` are choices of the fault model (`powercut.crash.options`)."""
+    `torn` are choices of the fault model (`powercut.crash.options`). `found` are the bytes that a guest's sector holds
+    (base64 in JSON), `expected` what it might have held; `qemu` is the version that was recorded."""
 
     schema: str
     powercut: str
@@ -79,6 +87,9 @@ class Finding(msgspec.Struct, frozen=True):
     whole: bool = False
     survivors: str = "any"
     torn: str = "old-or-new"
+    found: bytes = b""
+    expected: list[Legal] = []
+    qemu: str = ""
 
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
@@ -133,6 +144,8 @@ def from_found(found: Found, trace: Trace, plan: Planned, seen: int, role: Calla
         where=problem.where,
         severity=problem.severity.label,
         text=problem.text,
+        found=problem.found,
+        qemu=str(trace.meta.get("qemu", "")),
         decisions=[
             Decided(d.offset, d.event, d.contents, d.durable, describe(trace, d.event), role(d.offset), d.whole)
             for d in found.decisions

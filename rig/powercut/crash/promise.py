@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from powercut.crash.model import Durability
 from powercut.sparse import sparse_zeros
-from powercut.stamp import GARBAGE, ZERO
+from powercut.stamp import GARBAGE, ZERO, make
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
 
 Sectors = NDArray[np.int64]
@@ -119,15 +119,28 @@ class Promise(Durability):
                 ok[i] |= int(op[i]) in {int(self.op[e]) for e in self.others.get(sector, ())}
         return np.asarray(ok)
 
-    def describe(self, sector: int) -> str:
-        """What guest sector `sector` may hold, for people."""
+    def contents(self, sector: int) -> list[tuple[str, bytes]]:
+        """What guest sector `sector` may hold: in words, and the bytes that our own client writes."""
         legal = []
         writers = [int(self.writer[sector]) - 1, *self.others.get(sector, ())]
         live = [e for e in self.in_flight if self.first[e] <= sector < self.last[e]]
         for event, state in [(e, "flushed") for e in writers] + [(e, "not flushed") for e in live]:
             if event < 0:
-                legal.append("zeros (never written)")
-            else:
-                number = int(self.trace.events["ref"][event])
-                legal.append(f"operation {number} ({Kind(self.kind[event]).name.lower()}, {state})")
-        return " or ".join(legal)
+                legal.append(("zeros (never written)", bytes(SECTOR)))
+                continue
+            number, kind = int(self.trace.events["ref"][event]), Kind(self.kind[event])
+            content = self._stamped(number, sector) if kind is Kind.WRITE else bytes(SECTOR)
+            legal.append((f"operation {number} ({kind.name.lower()}, {state})", content))
+        return legal
+
+    def _stamped(self, number: int, sector: int) -> bytes:
+        """What operation `number` wrote to `sector`: its stamp tells how many flushes had been acknowledged by then."""
+        events = self.trace.events
+        issued = self.issued[self._event_of_op[np.searchsorted(self._ops, number)]]
+        flushes = (events["file"] == self.file) & (events["kind"] == Kind.FLUSH) & (events["ref"] > 0)
+        epoch = int((flushes & (events["result"] == 0) & (events["completed"] < issued)).sum()) if number else 0
+        return make(number, epoch, sector, 1)
+
+    def describe(self, sector: int) -> str:
+        """What guest sector `sector` may hold, for people."""
+        return " or ".join(words for words, _ in self.contents(sector))

@@ -44,10 +44,12 @@ def confirm(promise: Promises, sector: int, locate: Locate) -> Problem | None:
     """The judgement of one guest sector on a disk that `locate` decides, with its words."""
     place = locate(sector)
     if place is None:
-        op, stamped = ZERO, 0
+        op, stamped, content = ZERO, 0, bytes(SECTOR)
     else:
         disk, host = place
-        stamps = decode(disk.read(host * SECTOR, SECTOR).reshape(1, SECTOR))
+        read = disk.read(host * SECTOR, SECTOR)
+        content = read.tobytes()
+        stamps = decode(read.reshape(1, SECTOR))
         op, stamped = int(stamps.op[0]), int(stamps.sector[0])
     if promise.legal(np.array([sector]), np.array([op]), np.array([stamped]))[0]:
         return None
@@ -66,4 +68,5 @@ def confirm(promise: Promises, sector: int, locate: Locate) -> Problem | None:
         where=sector,
         severity=Severity.SILENT,
         text=f"guest sector {sector} holds {found}{where}; legal: {promise.describe(sector)}",
+        found=content,
     )
