@@ -153,6 +153,12 @@ def test_a_server_whose_requests_fail(rig):
     assert rig.run(Case(history, Mishap(1, "ENOSPC", None))).seen.given_up == [1, 2, 4, 5]
 
 
+def test_a_disk_that_is_larger_than_one_request():
+    work = {"depth": 1, "history": ["write 39M 4k"]}
+    result = sweep.run(sweep.scenario_of("qcow2", {}, size="40M", workload=work, errors={"event": "l1_update"}))
+    assert result.verdict is Verdict.HOLDS, result.found
+
+
 def test_a_crash_of_qemu_is_a_finding(rig, monkeypatch, planted):
     history, flush = sweep.prepared(raw())[1], Guest.flush
 

@@ -28,7 +28,7 @@ FLOORS = [
     {"explain", "journal", "workers"},
     {"operations"},
     {"inflight", "injection"},
-    {"run", "sets", "record", "modelled", "races", "histories"},
+    {"run", "powered", "sets", "record", "modelled", "races", "histories"},
     {"cycle"},
     {"cut", "brought", "mounted"},
     {"loop", "bundle", "sweep", "inspection"},

@@ -85,7 +85,7 @@ def test_a_killed_process_loses_no_result(tmp_path):
 
 def test_workers_that_cannot_live_are_not_tried_for_ever(monkeypatch):
     """Control: if every worker dies, that is said, and is no verdict."""
-    monkeypatch.setattr("powercut.workers._prepare", _die)
+    monkeypatch.setattr("powercut.workers.prepare", _die)
     pool = Processes(1)
     plan = Plan(str(SHIPPED / "shipped-qcow2.trace"), "qcow2")
     with pytest.raises(EnvironmentFault, match="4 times in a row"):

@@ -182,9 +182,12 @@ def _run_loops(scenario: Scenario, jobs: int | None, save: Path, full: bool) -> 
 
 
 def _swept(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
-    """Errors below the format, one in each run."""
-    with progress(f"failing {scenario.name}") as show:
-        swept = sweep.run(scenario, jobs=jobs or 1, progress=show)
+    """Errors below the format, one in each run. Where there can be no guest, or no full disk, it is skipped."""
+    try:
+        with progress(f"failing {scenario.name}") as show:
+            swept = sweep.run(scenario, jobs=jobs or 1, progress=show)
+    except EnvironmentFault as fault:
+        return Result(scenario.name, scenario, "skipped", str(fault))
     why = ", ".join(sorted({f"{found.fault.severity.label} ({found.way[0]})" for found in swept.found}))
     rules = {found.way[0] for found in swept.found}
     result = _judge(scenario, swept.verdict, rules, why, swept.reasons, qemu)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from powercut.operations import possible
-from powercut.scenario import Recording, Scenario, Workload, size_text
+from powercut.scenario import Errors, Recording, Scenario, Workload, size_text
 from powercut.trace import SECTOR
 
 if TYPE_CHECKING:
@@ -199,6 +199,9 @@ def toml(scenario: Scenario) -> str:
     for part in ("record", "explore"):
         if part in changed:
             changed[part] = {key: value for key, value in changed.pop(part).items() if value != plain[part][key]}
+    if scenario.errors:
+        defaults = msgspec.to_builtins(Errors())
+        changed["errors"] = {key: value for key, value in changed["errors"].items() if value != defaults[key]}
     changed.pop("workload", None)
     changed |= {"workload": {"depth": scenario.workload.depth, "history": list(scenario.workload.history)}}
     return tomlkit.dumps(changed)

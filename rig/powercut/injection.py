@@ -37,6 +37,7 @@ from powercut.trace import Kind
 from powercut.verdict import Severity
 
 _REMEMBERED = 16  # images whose content and check are kept
+_PIECE = 16 << 20  # bytes that are read at once: NBD allows twice as many
 _FIRST_LINES = 300  # characters of what QEMU said that go into a finding
 _CLUSTER = "cluster_size"
 
@@ -162,7 +163,8 @@ class Rig:
             self._control.close()
             self._control = None
 
-    def _node(self, file: str | dict[str, Any]) -> dict[str, Any]:
+    def node(self, file: str | dict[str, Any]) -> dict[str, Any]:
+        """The image's node over that of its file."""
         return {"driver": self.target.format, "discard": "unmap", "file": file}
 
     # ---- counting
@@ -188,7 +190,7 @@ class Rig:
         """How many occasions to fail there are while the history is carried out, from open to close, by the count of a
         failure that does not come to pass."""
         with harmless.armed(self._template, self._path) as armed:
-            self._below(armed, history, Ran(), self._expectation(history))
+            self.carry_out(armed, history, Ran(), self._expectation(history))
             return armed.occasions()
 
     # ---- running
@@ -200,7 +202,7 @@ class Rig:
         expectation = self._expectation(case.history)
         arm = case.failure.armed if case.failure else unharmed
         with arm(self._template, self._path) as armed:
-            self._below(armed, case.history, ran, expectation)
+            self.carry_out(armed, case.history, ran, expectation)
         if keep is not None:
             shutil.copyfile(self._path, keep)
         after = self.after(self._path)
@@ -208,8 +210,8 @@ class Rig:
         ran.faults += self._judged(case.history, after, ran.legal)
         return ran
 
-    def _below(self, armed: Armed, history: tuple[Operation, ...], ran: Ran, expectation: Expectation) -> None:
-        """Use an image from its node's beginning to its end."""
+    def carry_out(self, armed: Armed, history: tuple[Operation, ...], ran: Ran, expectation: Expectation) -> None:
+        """What a guest does with an image, from the opening of its file to the end."""
         control = self._daemon()
         control.ask("blockdev-add", **{**armed.node, "node-name": NODE})
         try:
@@ -234,7 +236,7 @@ class Rig:
     ) -> None:
         """What a guest does from its start to its end. It `reads` its disk before each end."""
         number = 1
-        for part in _parts(history):
+        for part in parts(history):
             guest = self._open(noticed)
             if guest is None:
                 return
@@ -248,17 +250,22 @@ class Rig:
 
     def _look(self, guest: Guest, history: tuple[Operation, ...], ran: Ran, expectation: Expectation) -> None:
         try:
-            wrong = first_wrong(guest.read(0, self.target.size), 0, expectation.now)
+            wrong = first_wrong(self._whole(guest), 0, expectation.now)
         except OSError:  # where everything fails, reads do
             return
         if wrong:
             ran.faults.append(_content("live", wrong, history, Severity.SILENT))
 
+    def _whole(self, guest: Guest) -> bytes:
+        """What the disk holds."""
+        pieces = range(0, self.target.size, _PIECE)
+        return b"".join(guest.read(at, min(_PIECE, self.target.size - at)) for at in pieces)
+
     def _open(self, noticed: Callable[[], None]) -> Guest | None:
         """Open the image. That fails too if its requests do: try again, as people do."""
         for _ in range(TRIES):
             try:
-                return self._daemon().open(self._node(NODE))
+                return self._daemon().open(self.node(NODE))
             except EnvironmentFault:
                 if self._daemon().ended:
                     raise
@@ -302,8 +309,8 @@ class Rig:
     def _read(self, path: Path) -> bytes | str:
         """What an image holds, or why it does not open. It is opened as for a guest that goes on writing."""
         try:
-            guest = self._daemon().open(self._node({"driver": "file", "filename": str(path)}))
-            content = bytes(guest.read(0, self.target.size))
+            guest = self._daemon().open(self.node({"driver": "file", "filename": str(path)}))
+            content = self._whole(guest)
             self._daemon().shut(guest)
         except (EnvironmentFault, OSError) as error:
             self._lose()  # with whatever it has open
@@ -338,7 +345,7 @@ class Rig:
         return faults
 
 
-def _parts(history: tuple[Operation, ...]) -> list[tuple[Operation, ...]]:
+def parts(history: tuple[Operation, ...]) -> list[tuple[Operation, ...]]:
     """A history between its reopens."""
     parts: list[tuple[Operation, ...]] = [()]
     for operation in history:

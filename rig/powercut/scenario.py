@@ -89,13 +89,15 @@ class Errors(Struct, frozen=True, forbid_unknown_fields=True):
     """Errors below the format, one in each run (`powercut errors`). `below` is what fails: blkdebug, a storage server,
     or a file system that is full. `event`: at which event of blkdebug's (none: every one that is raised); `nth`: which
     one of that name, which request, or which page (none: every one); `error`: what happens (none: all that may, without
-    "gone"); `lasting`: once, or for good."""
+    "gone"); `lasting`: once, or for good. `werror`: the disk is a virtual machine's, and that is what it does about
+    errors (none: there is no machine)."""
 
     below: Literal["blkdebug", "server", "full"] = "blkdebug"
     event: str | None = None
     nth: Positive | None = None
     error: tuple[Literal["EIO", "ENOSPC", "stall", "hangup", "unanswered", "gone", "full"], ...] = ()
     lasting: tuple[Literal["once", "good"], ...] = ("once", "good")
+    werror: Literal["report", "stop", "enospc", "ignore"] | None = None
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):

@@ -28,8 +28,10 @@ from powercut.guest.workload import Operation, Verb
 from powercut.histories import toml
 from powercut.injection import LAYOUTS, Case, Fault, Ran, Rig, Target, cluster, told
 from powercut.operations import operations
+from powercut.powered import PoweredRig
 from powercut.scenario import Errors, Scenario, Workload, from_options, parse_size, size_text
 from powercut.verdict import Severity, Verdict
+from powercut.workers import prepare
 
 CONFIRM = 3  # times that a finding is run again
 FORMATS = tuple(LAYOUTS)
@@ -65,7 +67,8 @@ class Found:
 
 @dataclass(slots=True)
 class Result:
-    """What a sweep says. `events`: how often each is raised. `absorbed`: runs in which the guest saw no error at all;
+    """What a sweep says. `events`: how often each is raised. `absorbed`: runs in which the guest saw no error at all,
+    `stopped`: in which its machine was stopped by one;
     `leaking`: runs that left leaked clusters, which is legal."""
 
     scenario: Scenario
@@ -75,6 +78,7 @@ class Result:
     events: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     absorbed: int = 0
+    stopped: int = 0
     leaking: int = 0
     found: list[Found] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -116,7 +120,7 @@ def scenario_of(format: str, options: dict[str, str], **more: Any) -> Scenario:
     InputError."""
     if format not in LAYOUTS:
         raise InputError(f"format {format!r} is not one of {', '.join(LAYOUTS)}")
-    unit = cluster(format, tuple(options.items()))
+    unit = max(cluster(format, tuple(options.items())), 4096)
     plain = {"format": format, "options": options, "size": size_text(6 * unit), "errors": {}}
     return from_options(
         {"about": "", "expect": "HOLDS", **plain, "workload": {"depth": 1, "history": default_history(unit)}, **more}
@@ -145,6 +149,11 @@ def prepared(scenario: Scenario) -> tuple[Target, tuple[Operation, ...]]:
         raise InputError(f"errors: {scenario.format} grows its file, and a storage server's disk cannot grow")
     backing = parse_size(scenario.backing) if scenario.backing else 0
     return Target(scenario.format, parse_size(scenario.size), tuple(scenario.options.items()), backing), history
+
+
+def rig_for(target: Target, errors: Errors) -> Rig:
+    """Where a sweep's cases are run. Raises EnvironmentFault."""
+    return PoweredRig(target, errors.werror) if errors.werror else Rig(target)
 
 
 def points(rig: Rig, history: tuple[Operation, ...], errors: Errors, events: dict[str, int]) -> Iterator[Failure]:
@@ -178,15 +187,17 @@ def run(scenario: Scenario, *, jobs: int = 1, progress: Progress = lambda done, 
     begin = time.monotonic()
     target, history = prepared(scenario)
     result = Result(scenario, target, history, version())
-    with Rig(target) as rig:
+    errors = scenario.errors or Errors()
+    with rig_for(target, errors) as rig:
         cases = [Case(history)]
-        cases += [Case(history, point) for point in points(rig, history, scenario.errors or Errors(), result.events)]
+        cases += [Case(history, point) for point in points(rig, history, errors, result.events)]
         if len(cases) == 1:
             result.reasons.append("there was no occasion for it to fail: nothing was injected")
         ways: dict[Way, list[tuple[Case, Fault]]] = {}
-        for case, ran in _all(rig, cases, jobs):
+        for case, ran in _all(rig, errors, cases, jobs):
             result.runs += 1
             result.absorbed += case.failure is not None and not ran.seen.errors
+            result.stopped += ran.seen.stops > 0
             result.leaking += ran.leaks > 0
             for fault in ran.faults:
                 ways.setdefault(_way(case, fault), []).append((case, fault))
@@ -207,9 +218,10 @@ def _way(case: Case, fault: Fault) -> Way:
 _rig: Rig | None = None
 
 
-def _start(target: Target) -> None:
+def _start(target: Target, errors: Errors) -> None:
     global _rig
-    _rig = Rig(target)
+    prepare()
+    _rig = rig_for(target, errors)
     atexit.register(_rig.__exit__)
 
 
@@ -218,12 +230,12 @@ def _work(cases: list[Case]) -> list[tuple[Case, Ran]]:
     return [(case, _rig.run(case)) for case in cases]
 
 
-def _all(rig: Rig, cases: list[Case], jobs: int) -> Iterator[tuple[Case, Ran]]:
+def _all(rig: Rig, errors: Errors, cases: list[Case], jobs: int) -> Iterator[tuple[Case, Ran]]:
     if jobs == 1:
         yield from ((case, rig.run(case)) for case in cases)
         return
     chunks = [cases[at : at + _CHUNK] for at in range(0, len(cases), _CHUNK)]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (rig.target,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (rig.target, errors)) as pool:
         for done in pool.map(_work, chunks):
             yield from done
 
@@ -276,10 +288,12 @@ def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:
 def scenario(result: Result, found: Found) -> Scenario:
     """The scenario that shows a finding, and nothing else."""
     rule, _, error, lasting = found.way
-    failure = found.case.failure
-    only = Errors(event="pwritev", nth=1, lasting=("once",))  # what is found without any error is found before it
+    failure, werror = found.case.failure, (result.scenario.errors or Errors()).werror
+    only = Errors(
+        event="pwritev", nth=1, lasting=("once",), werror=werror
+    )  # what is found without any error is found before it
     if failure:
-        only = msgspec.convert({"error": (error,), "lasting": (lasting,), **failure.table}, Errors)
+        only = msgspec.convert({"error": (error,), "lasting": (lasting,), "werror": werror, **failure.table}, Errors)
     return msgspec.structs.replace(
         result.scenario,
         about=found.fault.text,

@@ -131,7 +131,7 @@ class Processes(Pool):
 
     def __init__(self, jobs: int) -> None:
         self._others = set(multiprocessing.active_children())
-        super().__init__(lambda: ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _prepare))
+        super().__init__(lambda: ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare))
 
     def abandon(self) -> None:
         for process in set(multiprocessing.active_children()) - self._others:
@@ -139,7 +139,7 @@ class Processes(Pool):
         super().abandon()
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """In a new worker process: leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

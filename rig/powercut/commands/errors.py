@@ -28,6 +28,11 @@ from powercut.commands import BISECT, JSON, QEMU, SAVE, compared, named_values
 @click.option("--error", help="Only this: EIO, ENOSPC; of a server also stall, hangup, unanswered, gone.")
 @click.option("--lasting", type=click.Choice(["once", "good"]), help="Only errors that strike once, or for good.")
 @click.option("--event", help="Only at this blkdebug event, such as l2_update or pwritev.")
+@click.option(
+    "--werror",
+    type=click.Choice(["report", "stop", "enospc", "ignore"]),
+    help="With a virtual machine, which does this about errors.  [default: none, and its guest is played]",
+)
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="Processes to use.")
 @QEMU
 @BISECT
@@ -45,6 +50,7 @@ def errors(
     error: str | None,
     lasting: str | None,
     event: str | None,
+    werror: str | None,
     jobs: int,
     qemus: tuple[str, ...],
     bisect: bool,
@@ -64,7 +70,7 @@ def errors(
     def chosen(**values: object) -> dict[str, object]:
         return {name: value for name, value in values.items() if value}
 
-    only = chosen(below=below, event=event, error=error and [error], lasting=lasting and [lasting])
+    only = chosen(below=below, event=event, werror=werror, error=error and [error], lasting=lasting and [lasting])
     more = chosen(size=size, backing=backing) | {"errors": only}
     if operations:
         kinds = [word for word in extra.split(",") if word]

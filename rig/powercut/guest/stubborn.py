@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from powercut import stamp
-from powercut.guest.control import Guest
 from powercut.guest.expectation import Expectation
 from powercut.guest.workload import Operation
 from powercut.stamp import SECTOR, ZERO
@@ -23,12 +23,22 @@ TRIES = 4
 @dataclass(slots=True)
 class Seen:
     """What the guest saw: requests that failed (repetitions counted), operations that it repeated with success, those
-    that it gave up, and the story: operation by operation, how it ended."""
+    that it gave up, and the story: operation by operation, how it ended. `stops`: how often its machine was stopped."""
 
     errors: int = 0
+    stops: int = 0
     repeated: int = 0
     given_up: list[int] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
+
+
+class Disk(Protocol):
+    """A disk as its guest sees it. Its errors are OSErrors."""
+
+    def write(self, offset: int, data: bytes) -> None: ...
+    def zero(self, offset: int, length: int, may_unmap: bool = False) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Stubborn:
@@ -39,7 +49,7 @@ class Stubborn:
     """
 
     def __init__(
-        self, guest: Guest, expectation: Expectation, seen: Seen, noticed: Callable[[], None] = lambda: None
+        self, guest: Disk, expectation: Expectation, seen: Seen, noticed: Callable[[], None] = lambda: None
     ) -> None:
         self._guest, self._expectation, self._seen, self._noticed = guest, expectation, seen, noticed
         self._failed: dict[int, Operation] = {}

@@ -25,11 +25,13 @@ def _image(target: Any) -> str:
 def text(result: Any, saved: list[Path]) -> str:
     """One format's result for people."""
     events = ", ".join(f"{name} {number}" for name, number in result.events.items())
+    werror = result.scenario.errors and result.scenario.errors.werror
+    stopped = f" (in {result.stopped:,} its machine was stopped; werror={werror})" if werror else ""
     lines = [
         f"{verdict_word(str(result.verdict))}  {_image(result.target)}: errors below the format, QEMU {result.qemu}",
         f"  history  {'; '.join(result.lines)}",
         f"  covered  {count(result.runs, 'run')}, one error in each, {result.seconds:.1f} s: {events}",
-        f"  seen     in {result.absorbed:,} runs the guest saw no error; {result.leaking:,} leaked clusters",
+        f"  seen     in {result.absorbed:,} runs the guest saw no error{stopped}; {result.leaking:,} leaked clusters",
     ]
     lines += [f"  because  {reason}" for reason in result.reasons]
     for found, path in zip(result.found, saved, strict=True):
@@ -85,6 +87,7 @@ def one(result: Any, saved: list[Path]) -> dict[str, Any]:
         "events": result.events,
         "runs": result.runs,
         "absorbed": result.absorbed,
+        "stopped": result.stopped,
         "leaking": result.leaking,
         "reasons": result.reasons,
         "seconds": round(result.seconds, 1),
