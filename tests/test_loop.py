@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -336,3 +342,33 @@ def test_bad_words_are_a_sentence(words: str, said: str) -> None:
     assert result.exit_code == 2
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    hardware()
+    command = [
+        sys.executable,
+        "-m",
+        "powercut.cli",
+        "loop",
+        "qcow2",
+        "--accelerator",
+        "tcg",
+        "--save",
+        tmp_path / "kept",
+    ]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as rig:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("powercut-guest-*/lane*/machine/stderr")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        rig.send_signal(signal.SIGINT)
+        _, said = rig.communicate(timeout=60)
+    assert rig.returncode == 3, said
+    assert "interrupted" in said
+    assert list(tmp_path.iterdir()) == []
+    ours = os.fsencode(str(tmp_path))
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert ours not in process.read_bytes()

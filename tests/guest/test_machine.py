@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,14 @@ from powercut.errors import Crashed, EnvironmentFault, InputError, Unanswered
 from powercut.guest import accelerator, start
 from powercut.guest.agent import Gone
 from powercut.guest.hardware import Disk
+from powercut.guest.ledger import Keeps, Ledger, read
 from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch, sweep
+from powercut.guest.workload import Operation
+from powercut.guest.writing import Writing
+from powercut.trace import Kind
+from quire.nbd import Server
+from quire.nbd_protocol import Data
 from support.guests import SIZE, disk, hardware
 
 pytestmark = pytest.mark.guest
@@ -110,6 +117,49 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Forgetful:
+    """A disk that acknowledges everything, and forgets every write to one of its sectors."""
+
+    block_size = 512
+
+    def __init__(self, forgotten: int) -> None:
+        self.size = SIZE
+        self.data = bytearray(SIZE)
+        self.forgotten = forgotten
+
+    def read(self, offset: int, length: int) -> Data:
+        return memoryview(self.data)[offset : offset + length]
+
+    def write(self, offset: int, data: Data, fua: bool) -> None:
+        if not offset <= self.forgotten < offset + len(data):
+            self.data[offset : offset + len(data)] = data
+
+    def zero(self, offset: int, length: int, may_unmap: bool, fua: bool) -> None:
+        self.data[offset : offset + length] = bytes(length)
+
+    def discard(self, offset: int, length: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+@pytest.mark.parametrize("forgotten", [-1, 5 << 16])
+def test_a_server_that_forgets_a_write_is_found_out(forgotten: int, planted: Callable[[str, bool], None]) -> None:
+    machine = hardware()
+    with scratch() as folder, Server(Forgetful(forgotten), folder / "sock") as server:
+        node = {"driver": "nbd", "server": {"type": "unix", "path": str(folder / "sock")}}
+        ledger = Ledger(SIZE // 512)
+        steps = [(0, Operation(Kind.WRITE, number << 16, 4096)) for number in range(10)]
+        with start.restore(machine, [Disk(node, SIZE)], folder) as running:
+            Writing(running.agent, [ledger], steps, 4, 1).run()
+            running.ask("quit")
+            running.wait_end()
+        (folder / "raw").write_bytes(server.export.data)  # type: ignore[attr-defined]
+        problems = ledger.judge(read(folder / "raw", SIZE // 512), Keeps.COMPLETED)
+    if forgotten >= 0:
+        planted("guest: a server that forgets a write", bool(problems))
+    assert [problem.where for problem in problems] == (list(range(5 * 128, 5 * 128 + 8)) if forgotten >= 0 else [])
 
 
 def test_an_accelerator_that_hangs_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -164,6 +164,9 @@ def _forget_old(folder: Path) -> None:
         if time.time() - old.stat().st_mtime > 3600:
             shutil.rmtree(old, ignore_errors=True)
             old.with_suffix(".lock").unlink(missing_ok=True)
+    for unfinished in folder.glob(".template-*/"):  # by a rig that was killed
+        if time.time() - unfinished.stat().st_mtime > 3600:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 STARTS = {"boot": boot, "restore": restore, "plug": plug}
