@@ -4,7 +4,7 @@ In 2009 it was an L2 table or a snapshot's L1 table, because cluster 0 had been 
 the driver patched the snapshot count and offset of the header, bytes 60 to 71, into what lay there. Other things
 write there too: a partitioning tool, a copy of another image, a guest's data.
 
-Sources of magic numbers: each format's own documentation, collected in QEMU's block/*.c (bdrv_probe) and libblkid.
+Source of magic numbers: each format's own documentation, as libblkid and libmagic have collected them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from powercut import stamp
 from powercut.disk import Disk
+from powercut.formats.probe import probe
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.entries import U64
 from powercut.formats.qcow2.forensics.anatomy import Anatomy
@@ -24,18 +25,8 @@ from powercut.formats.qcow2.forensics.notes import Note, guest_range, lost
 from powercut.formats.qcow2.forensics.patched import is_patched, restore_l1, restore_l2
 from powercut.formats.qcow2.forensics.scan import plausible, reach
 
+# Beside the image formats that `powercut.formats.probe` knows.
 _MAGICS = (
-    (0, b"QFI\xfb\0\0\0\1", "a qcow (version 1) header"),
-    (0, b"QED\0", "a QED header"),
-    (0, b"KDMV", "a VMDK header"),
-    (0, b"COWD", "a VMDK header"),
-    (0, b"# Disk DescriptorFile", "a VMDK descriptor"),
-    (0, b"vhdxfile", "a VHDX header"),
-    (0, b"conectix", "a VHD footer"),
-    (64, b"\x7f\x10\xda\xbe", "a VDI header"),
-    (0, b"WithoutFreeSpace", "a Parallels header"),
-    (0, b"WithouFreSpacExt", "a Parallels header"),
-    (0, b"Bochs Virtual HD Image", "a Bochs header"),
     (0, b"LUKS\xba\xbe", "a LUKS header"),
     (0, b"XFSB", "an XFS file system"),
     (1080, b"\x53\xef", "an ext file system"),
@@ -80,8 +71,11 @@ def look(disk: Disk, anatomy: Anatomy | None) -> First:
         cluster = anatomy.header.cluster_size if anatomy else 4096
         zeros = len(start) if disk.read(0, cluster).any() else min(cluster, disk.size)
         return First("zeros", f"zeros, {zeros:,} bytes of them")
-    if start[:4] == b"QFI\xfb" and start[4:8] in (b"\0\0\0\2", b"\0\0\0\3"):
+    image_format = probe(start, b"")
+    if image_format == "qcow2":
         return First("qcow2-header", "a qcow2 header that makes no sense")
+    if image_format is not None:
+        return First("other-format", f"a {image_format} header")
     for offset, magic, name in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return First("other-format", name)

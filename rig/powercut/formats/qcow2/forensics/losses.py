@@ -148,12 +148,18 @@ def _empty_tables(anatomy: Anatomy, working: Layers, leaked: I64, owed: NDArray[
         if words.any():
             text = f"{where} is empty, and {np.count_nonzero(words)} entries of another layer's are owed one reference"
             found.append(Loss("empty-table", text, table=(offset, words)))
-    data = [c for c in leaked.tolist() if working.disk.read(c << header.cluster_bits, header.cluster_size).any()]
+    data = [cluster for cluster in leaked.tolist() if _is_data(anatomy, working, cluster)]
     if empty and data:
         tables = f"{where} is" if len(empty) == 1 else f"{len(empty):,} L2 tables are"
         text = f"{tables} all zeros, and {len(data):,} clusters of data belong to nothing: they may be what was mapped"
         found.append(Loss("unmapped-data", text))
     return found
+
+
+def _is_data(anatomy: Anatomy, working: Layers, cluster: int) -> bool:
+    """Neither zeros nor a table, as an old L1 table is."""
+    raw = working.disk.read(cluster << anatomy.header.cluster_bits, anatomy.header.cluster_size)
+    return bool(raw.any()) and not plausible(raw.view(q.BE64).astype(np.uint64), reach(working.disk.size)).all()
 
 
 def _entries_owed(table: U64, owed: NDArray[np.bool_], anatomy: Anatomy) -> NDArray[np.bool_]:
