@@ -85,6 +85,17 @@ def test_disks_that_are_plugged_in(device: str, tmp_path: Path) -> None:
     assert Loops(described, accelerator="tcg").run(loops=1, save=tmp_path).word == "CLEAN"
 
 
+def test_images_lie_on_the_file_system_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware()
+    looping = Loops(scenario(host="xfs", operations=20), accelerator="tcg")
+    outcome = looping.run(loops=1, save=tmp_path)
+    assert outcome.word == "CLEAN"
+    assert outcome.host == "xfs" or outcome.host.startswith("not on xfs: ")
+    monkeypatch.setattr("powercut.guest.hosting.os.geteuid", lambda: 1000)
+    outcome = Loops(scenario(host="xfs", operations=20), accelerator="tcg").run(loops=1, save=tmp_path)
+    assert (outcome.word, outcome.host) == ("CLEAN", "not on xfs: only root may mount")
+
+
 def test_savevm_on_a_raw_image_is_refused_in_qemus_words(tmp_path: Path) -> None:
     hardware()
     described = replace_backing(scenario("raw", ending="savevm-quit"))

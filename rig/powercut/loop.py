@@ -28,6 +28,7 @@ from powercut.cycle import Cycled, Lane, copy
 from powercut.errors import EnvironmentFault, InputError
 from powercut.guest.accelerator import Accelerator, choose
 from powercut.guest.hardware import Hardware
+from powercut.guest.hosting import hosted
 from powercut.guest.kernel import kernel
 from powercut.guest.machine import kill_all
 from powercut.guest.scratch import scratch
@@ -62,6 +63,7 @@ class Outcome:
     qemu: str
     accelerator: Accelerator
     kernel: str
+    host: str = ""  # the file system that the images lie on, where one was asked for; or why it is another
     loops: int = 0  # that came to an end and were looked at
     failures: list[Failure] = field(default_factory=list)
     unknown: list[Failure] = field(default_factory=list)
@@ -170,7 +172,8 @@ class Loops:
             while (number := self._take(total)) is not None:
                 count(lane.run(number), lane)
 
-        with scratch() as folder, ThreadPoolExecutor(jobs) as pool:
+        host = self._scenario.loop.host if self._scenario.loop else None
+        with scratch() as home, hosted(host, home) as (folder, self.outcome.host), ThreadPoolExecutor(jobs) as pool:
             lanes = [pool.submit(run_lane, folder / f"lane{number}") for number in range(jobs)]
             try:
                 wait(lanes, return_when=FIRST_EXCEPTION)

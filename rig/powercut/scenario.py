@@ -64,8 +64,9 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     """A real guest, started, put to work and ended, again and again. `loops` is how often, `quick` how often in a gate
     that is to be quick. `ending`: a name in `powercut.endings`. `moment`: the ending begins after so many answers of
     the guest's disk, else at a moment drawn for each loop. `fresh`: a new image for each loop, else it is used again.
-    `cpu`, `memory` (MiB): the guest's. `filesystem`: the guest writes files into it. `disk`: an image that boots by
-    itself, without our agent; each guest has an overlay on it, and is ended `after` so many seconds."""
+    `cpu`, `memory` (MiB): the guest's. `filesystem`: the guest writes files into it. `host`: images lie on a new file
+    system of that kind, where root may mount. `disk`: an image that boots by itself, without our agent; each guest
+    has an overlay on it, and is ended `after` so many seconds."""
 
     ending: str = "quit"
     loops: Positive = 100
@@ -81,6 +82,7 @@ class Loop(Struct, frozen=True, forbid_unknown_fields=True):
     cpu: str | None = None
     memory: Annotated[int, Meta(ge=64)] = 96
     filesystem: Literal["ext4"] | None = None
+    host: Literal["ext4", "xfs", "btrfs"] | None = None
     disk: str | None = None
     after: Annotated[float, Meta(gt=0)] | None = None
 

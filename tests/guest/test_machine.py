@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from powercut.errors import Crashed, EnvironmentFault, InputError, Unanswered
 from powercut.guest import accelerator, start
 from powercut.guest.agent import Gone
 from powercut.guest.hardware import Disk
+from powercut.guest.hosting import hosted
 from powercut.guest.ledger import Keeps, Ledger, read
 from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch, sweep
@@ -110,6 +112,19 @@ def test_a_rig_that_is_killed_leaves_nothing_for_long() -> None:
     sweep()
     assert not _lives(int(pid))
     assert not Path(folder).exists()
+
+
+def test_what_a_killed_rig_had_mounted_is_unmounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / "powercut-guest-killed"
+    folder.mkdir()
+    (folder / "lock").touch()
+    with hosted("ext4", folder) as (place, name):
+        if name != "ext4":
+            pytest.skip(name)
+        assert place.is_mount()
+        assert sweep() == [folder]
+        assert not place.exists()
 
 
 def _lives(pid: int) -> bool:

@@ -28,6 +28,7 @@ from powercut.commands import BISECT, JSON, QEMU, compared, named_values
 @click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of qemu-img create -o.")
 @click.option("--backing", metavar="SIZE", help="Put each image on a read-only backing file of this size.")
 @click.option("--filesystem", help="ext4: files are written, fsynced and renamed, in place of requests to the disk.")
+@click.option("--host", help="Images lie on a new ext4, xfs or btrfs, where root may mount.  [default: in TMPDIR]")
 @click.option("--fresh", is_flag=True, help="New images for each loop.  [default: the same again]")
 @click.option(
     "--start", default="restore", show_default=True, help="restore (from a template in memory), plug or boot."
@@ -144,6 +145,7 @@ def _scenario(format: str | None, loops: int, described: dict[str, Any]) -> Any:
                 "cpu": described["cpu"],
                 "memory": described["memory"] or (1024 if disk else 96),
                 "filesystem": described["filesystem"],
+                "host": described["host"],
                 "disk": disk,
                 "after": described["after"],
             },

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -41,9 +42,24 @@ def sweep() -> list[Path]:
         with suppress(OSError):
             if folder.stat().st_uid == os.geteuid() and _is_abandoned(folder):
                 _end_processes(folder)
+                for place in _mounted(folder):
+                    unmount(place)
                 shutil.rmtree(folder, ignore_errors=True)
                 gone.append(folder)
     return gone
+
+
+def unmount(place: Path) -> None:
+    """Unmount what is mounted there, as soon as nobody uses it any more."""
+    subprocess.run(["umount", "-l", place], capture_output=True, timeout=60)
+
+
+def _mounted(folder: Path) -> list[Path]:
+    """What is mounted below `folder`."""
+    with suppress(OSError):
+        places = [Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines()]
+        return [place for place in places if folder in place.parents]
+    return []
 
 
 def _is_abandoned(folder: Path) -> bool:

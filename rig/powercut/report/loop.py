@@ -38,6 +38,8 @@ def text(outcome: Any) -> str:
         disks = f"an overlay on {plan.disk} as {plan.device} disk"
     lines.append(f"  guests    {'boot' if plan.disk else plan.start}, {disks}, cache {plan.cache}, {images}")
     lines.append(f"  machine   QEMU {outcome.qemu}, {_accelerator(outcome)}, kernel {outcome.kernel}")
+    if outcome.host:
+        lines.append(f"  images    {outcome.host}")
     reasons = Counter(failure.cycled.unknown for failure in outcome.unknown)
     lines += [f"  unknown   {reason} ({count(number, 'loop')})" for reason, number in reasons.most_common(_SHOWN)]
     for failure in outcome.failures[:_SHOWN]:
@@ -83,6 +85,7 @@ def document(outcome: Any, schema: str) -> dict[str, Any]:
         "qemu": outcome.qemu,
         "accelerator": {"name": outcome.accelerator.name, "why": outcome.accelerator.why},
         "kernel": outcome.kernel,
+        "host": outcome.host,
         "scenario": msgspec.to_builtins(outcome.scenario),
         "failed": [_failure(failure) for failure in outcome.failures + outcome.unknown],
     }
