@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 
 import pytest
@@ -47,6 +48,14 @@ def test_a_shell_cannot_tell_it_from_a_real_directory(tmp_path):
             with open(os.path.join(path, name), "rb") as one, open(tmp_path / "real" / name, "rb") as other:
                 assert one.read() == other.read()
     assert not os.path.exists(mount.path), "nothing is left"
+
+
+def test_the_process_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    with Mount():
+        assert os.getcwd() == str(tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_what_a_call_raises_is_raised_to_whoever_serves():

@@ -225,6 +225,27 @@ def test_a_checker_that_repairs_is_explored_inside_its_repair(work, planted):
         assert verdict is expected
 
 
+@pytest.mark.parametrize("expect", ["HOLDS", "BROKEN"])
+def test_a_scenario_of_programs(tmp_path, expect):
+    """In the gate, as expected and as not: then what shows it again is kept."""
+    scenario = tmp_path / "resized.toml"
+    scenario.write_text(
+        f"""about = "a resize"
+expect = "{expect}"
+[program]
+before = ["qemu-img create -q -f qcow2 a 1M"]
+command = "qemu-img resize -q a 2M"
+"""
+    )
+    result = CliRunner().invoke(main, ["gate", str(scenario), "--save", str(tmp_path / "kept")])
+    assert result.exit_code == (0 if expect == "HOLDS" else 1), result.output
+    assert (tmp_path / "kept" / "resized.trace").exists() == (expect == "BROKEN")
+    scenario.write_text(scenario.read_text().replace("qemu-img create", "qemu-img frobnicate"))
+    failed = CliRunner().invoke(main, ["gate", str(scenario)])
+    assert failed.exit_code == 3
+    assert "qemu-img frobnicate -q -f qcow2 a 1M: exit status 1: qemu-img: Command not found" in failed.output
+
+
 def test_formats_are_told_by_their_contents(work):
     for format in ("qcow2", "vhdx", "vmdk", "vdi", "qed", "parallels", "vpc"):
         work.run("qemu-img", "create", "-q", "-f", format, f"{format}.image", "1M")

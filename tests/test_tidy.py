@@ -31,7 +31,7 @@ FLOORS = [
     {"run", "powered", "sets", "record", "modelled", "races", "histories"},
     {"cycle"},
     {"cut", "brought", "mounted"},
-    {"loop", "bundle", "sweep", "inspection"},
+    {"loop", "bundle", "sweep", "inspection", "programmed"},
     {"modelloop"},
     {"gate", "replay", "rescue", "compare"},
     {"fuzz", "probes"},

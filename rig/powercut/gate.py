@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 import time
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from powercut import endings, formats, modelloop, operations, record, run, sweep
+from powercut import endings, formats, modelloop, operations, programmed, record, run, sweep
 from powercut import loop as looping
 from powercut.crash.options import atom_of
 from powercut.errors import EnvironmentFault, InputError, PowercutError
@@ -22,6 +23,7 @@ from powercut.report import errors as errors_report
 from powercut.report import loop as loop_reports
 from powercut.report import modelloop as model_reports
 from powercut.report import outcome as reports
+from powercut.report import sets as set_reports
 from powercut.report import stores as store_reports
 from powercut.report.text import progress, states
 from powercut.run import Outcome
@@ -128,6 +130,9 @@ def _load(file: Path) -> Scenario:
             sweep.prepared(scenario)
         elif scenario.quire is not None:
             prove.check(scenario)
+        elif scenario.program is not None:
+            if not shlex.split(scenario.program.command):
+                raise InputError("program.command is empty")
         else:
             formats.find(scenario.format)
             operations.operations(scenario)
@@ -143,6 +148,8 @@ def _run(file: Path, scenario: Scenario, qemu: str, jobs: int | None, save: Path
         return _modelled(scenario)
     if scenario.quire is not None:
         return _proved(scenario, qemu, jobs)
+    if scenario.program is not None:
+        return _programmed(scenario, qemu, jobs, save)
     with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
         if scenario.trace is not None:
             trace = file.parent / scenario.trace
@@ -194,6 +201,31 @@ def _swept(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Resul
     saved = sweep.save(swept, save / scenario.name) if result.state != "expected" else []
     replay = f"powercut gate {saved[0]}" if saved else ""
     result.told = Told(str(swept.verdict), f"{swept.runs:,} runs", errors_report.one(swept, saved), replay)
+    return result
+
+
+def _programmed(scenario: Scenario, qemu: str, jobs: int | None, save: Path) -> Result:
+    """A program recorded, and all its files explored. Without FUSE or a recorder it is skipped."""
+    with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
+        trace = Path(scratch) / f"{scenario.name}.trace"
+        try:
+            with progress(f"exploring {scenario.name}"):
+                outcome = programmed.run(scenario, trace, jobs)
+        except EnvironmentFault as fault:
+            return Result(scenario.name, scenario, "skipped", str(fault))
+        why = ", ".join(sorted({f"{finding.severity} ({finding.rule})" for finding in outcome.findings}))
+        rules = {finding.rule for finding in outcome.findings}
+        result = _judge(scenario, outcome.verdict, rules, why, outcome.reasons, qemu)
+        saved: list[reports.Saved] = []
+        if result.state != "expected":
+            save.mkdir(parents=True, exist_ok=True)
+            kept = shutil.copy(trace, save)
+            findings = [finding.of_trace(str(kept)) for finding in outcome.findings]
+            saved = reports.save(findings, save / f"{scenario.name}.findings")
+    found = outcome.found
+    numbers = f"{found.epochs:>6,} {states(found.log2_states):>10} {found.checks:>7,}"
+    more = "".join(set_reports.replay(one) for one in saved[:1])
+    result.told = Told(str(outcome.verdict), numbers, set_reports.document(outcome, saved), more)
     return result
 
 

@@ -251,6 +251,7 @@ class Mount:
         self.path = tempfile.mkdtemp(prefix="powercut-state-")
         device = os.stat(self.path).st_dev
         signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        here = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._serve, args=(mfusepy,), daemon=True)
         self._thread.start()
         begin = time.monotonic()
@@ -259,8 +260,10 @@ class Mount:
                 os.rmdir(self.path)
                 raise EnvironmentFault(f"FUSE cannot be mounted here ({self._fault or 'it did not answer'})")
             time.sleep(0.002)
+        os.fchdir(here)  # libfuse went to /, and took signals
+        os.close(here)
         if threading.current_thread() is threading.main_thread():
-            for number, handler in signals.items():  # libfuse took them
+            for number, handler in signals.items():
                 signal.signal(number, handler)
         return self
 

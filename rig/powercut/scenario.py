@@ -50,6 +50,8 @@ class Exploration(Struct, frozen=True, forbid_unknown_fields=True):
     atom: Literal[512, 4096, "write"] = 512
     order: Literal["any", "issue"] = "any"
     torn: Literal["old-or-new", "zeros", "garbage"] = "old-or-new"
+    directory: Literal["posix", "ordered"] = "posix"
+    sizes: bool = True
     budget: Positive | None = None
     rules: tuple[Literal["opens", "structure", "acknowledged"], ...] = ("opens", "structure", "acknowledged")
     checker: str | None = None
@@ -114,6 +116,15 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     guest: Literal["client", "machine"] = "client"
 
 
+class Program(Struct, frozen=True, forbid_unknown_fields=True):
+    """Programs in place of a guest: `before` are commands that make files in an empty directory, `command` is recorded
+    there, and all files are explored (see `powercut.sets`). `image` is the file that {} stands for in a checker."""
+
+    command: str
+    before: tuple[str, ...] = ()
+    image: str | None = None
+
+
 class Quire(Struct, frozen=True, forbid_unknown_fields=True):
     """A set of our own format, on a recorded store: `workload.history` has its own lines (`powercut.formats.quire`).
     `records`: how commits are written, P (two syncs) or C (one); `slots`: of the journal."""
@@ -126,6 +137,7 @@ Rule = Literal[
     "opens",
     "structure",
     "acknowledged",
+    "content",
     "atomic-tree",
     "immutable",
     "no-leak",
@@ -156,9 +168,8 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     model: Model | None = None
     errors: Errors | None = None
     quire: Quire | None = None
-    rule: (
-        Literal["opens", "structure", "acknowledged", "atomic-tree", "immutable", "checker", "repairs", "alive"] | None
-    ) = None
+    program: Program | None = None
+    rule: Rule | None = None
     qemu: tuple[str, ...] = ()
     trace: str | None = None
     name: str = ""

@@ -102,9 +102,12 @@ def capture(
     format: str | None = None,
     limit: int = LIMIT,
     recorder: str | None = None,
+    cwd: str | None = None,
+    quiet: bool = False,
 ) -> Captured:
     """Run `command` and write the trace of what it did to files under `directories` to `out`. `recorder` is "preload"
-    or "strace"; None: strace only where there is no compiler.
+    or "strace"; None: strace only where there is no compiler. `cwd`: where the command runs;
+    `quiet`: what it says on standard output is not shown.
 
     Raises InputError, and `out` is then left as it was; EnvironmentFault if the disk became full: `out` then holds what
     was recorded until then, and says so.
@@ -132,10 +135,10 @@ def capture(
         tree.save(copies, limit)
         stopped = None
         if library is None:
-            status, seconds, calls = strace.run(command, log, tree)
+            status, seconds, calls = strace.run(command, log, tree, cwd, quiet)
         else:
             recorded.make_control(log, roots, tree.live)
-            status, seconds = _run(command, library, log)
+            status, seconds = _run(command, library, log, cwd, quiet)
             stopped = recorded.why_stopped(log)
             calls = recorded.read(log)
         if stopped:  # what a call did that has not returned since cannot be told from the files as they are now
@@ -205,13 +208,15 @@ def _about_image(translation: Translation, image: Node) -> dict[str, Any]:
     return about
 
 
-def _run(command: Sequence[str], library: Path, log: Path) -> tuple[int, float]:
+def _run(command: Sequence[str], library: Path, log: Path, cwd: str | None, quiet: bool) -> tuple[int, float]:
     """Run the program with the recorder in it, until it and all it started have ended."""
     preload = " ".join(part for part in (str(library), os.environ.get("LD_PRELOAD", "")) if part)
     environment = {**os.environ, "LD_PRELOAD": preload, "POWERCUT_CAPTURE": str(log)}
     begin = time.monotonic()
     try:
-        with subprocess.Popen(command, env=environment) as running:
+        with subprocess.Popen(
+            command, env=environment, cwd=cwd, stdout=subprocess.DEVNULL if quiet else None
+        ) as running:
             try:
                 status = running.wait()
             except KeyboardInterrupt:  # the program got it too, and what it did until it ends counts

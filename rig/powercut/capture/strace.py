@@ -40,18 +40,20 @@ def available() -> bool:
     return shutil.which("strace") is not None
 
 
-def run(command: Sequence[str], folder: Path, tree: Tree) -> tuple[int, float, list[Call]]:
+def run(
+    command: Sequence[str], folder: Path, tree: Tree, cwd: str | None, quiet: bool
+) -> tuple[int, float, list[Call]]:
     """Run `command`: its exit status, the seconds that it ran, and its calls. Raises InputError, EnvironmentFault."""
     log = folder / "strace"
     words = ["strace", "-f", "-qq", "-y", "-xx", "-s", str(_LONGEST), "-o", str(log)]
     words += ["-e", f"trace={_TRACED}", "-e", f"inject={_REFUSED}:error=ENOSYS", "-e", "signal=none", "--", *command]
     begin = time.monotonic()
-    done = subprocess.run(words, check=False)
+    done = subprocess.run(words, check=False, cwd=cwd, stdout=subprocess.DEVNULL if quiet else None)
     seconds = time.monotonic() - begin
     if not log.exists() or not log.stat().st_size:
         raise EnvironmentFault(f"strace cannot trace {command[0]} here (ptrace may be forbidden)")
     with open(log, "rb") as lines:
-        calls = _Follower(tree).follow(lines)
+        calls = _Follower(tree, cwd or os.getcwd()).follow(lines)
     return done.returncode, seconds, calls
 
 
@@ -114,7 +116,8 @@ def _number(word: bytes) -> int:
 class _Follower:
     """Follows descriptors, positions and names through the log."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, cwd: str) -> None:
+        self._cwd = cwd
         self._tree = tree
         self._keys: dict[str, Key] = {}
         for root, node in tree.roots.items():
@@ -175,7 +178,7 @@ class _Follower:
     def _process(self, pid: int) -> _Process:
         if pid not in self._processes:
             if not self._processes:
-                self._processes[pid] = _Process([os.getcwd()])
+                self._processes[pid] = _Process([self._cwd])
             else:  # it was made by a call that has not returned yet
                 parent, shares = self._forking[-1] if self._forking else (next(iter(self._processes)), False)
                 self._fork(parent, pid, shares)
