@@ -22,6 +22,7 @@ from typing import Any
 from powercut import __version__, compiled
 from powercut.capture import recorded, strace
 from powercut.capture.filetree import Node, Tree
+from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.replayed import compare
 from powercut.capture.translate import MAX_FILES, Translation, find_image
 from powercut.errors import EnvironmentFault, InputError
@@ -214,17 +215,11 @@ def _run(command: Sequence[str], library: Path, log: Path, cwd: str | None, quie
     environment = {**os.environ, "LD_PRELOAD": preload, "POWERCUT_CAPTURE": str(log)}
     begin = time.monotonic()
     try:
-        with subprocess.Popen(
-            command, env=environment, cwd=cwd, stdout=subprocess.DEVNULL if quiet else None
-        ) as running:
-            try:
-                status = running.wait()
-            except KeyboardInterrupt:  # the program got it too, and what it did until it ends counts
-                status = running.wait(_PATIENCE)
+        with interruptions_are_its_own():
+            stdout = subprocess.DEVNULL if quiet else None
+            status = subprocess.run(command, env=environment, cwd=cwd, stdout=stdout, check=False).returncode
     except OSError as error:
         raise InputError(f"{command[0]}: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{command[0]} did not end within {_PATIENCE:.0f} s of the interruption") from None
     seconds = time.monotonic() - begin
     if recorded.processes(log) == 0:
         raise InputError(f"{command[0]}: the recorder was not loaded into it (set-user-id, or not linked with glibc?)")

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from powercut.capture.filetree import Node, Tree
+from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.recorded import Call, Key, Mode, Op
 from powercut.errors import EnvironmentFault, InputError
 
@@ -48,7 +49,8 @@ def run(
     words = ["strace", "-f", "-qq", "-y", "-xx", "-s", str(_LONGEST), "-o", str(log)]
     words += ["-e", f"trace={_TRACED}", "-e", f"inject={_REFUSED}:error=ENOSYS", "-e", "signal=none", "--", *command]
     begin = time.monotonic()
-    done = subprocess.run(words, check=False, cwd=cwd, stdout=subprocess.DEVNULL if quiet else None)
+    with interruptions_are_its_own():
+        done = subprocess.run(words, check=False, cwd=cwd, stdout=subprocess.DEVNULL if quiet else None)
     seconds = time.monotonic() - begin
     if not log.exists() or not log.stat().st_size:
         raise EnvironmentFault(f"strace cannot trace {command[0]} here (ptrace may be forbidden)")
