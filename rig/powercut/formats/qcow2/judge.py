@@ -28,7 +28,7 @@ from powercut.disk import Disk
 from powercut.formats import Recording
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.check import Check, check
-from powercut.formats.qcow2.entries import I64, U64, Kind, host_offset, kind
+from powercut.formats.qcow2.entries import I64, U64, Bools, Kind, host_offset, kind
 from powercut.formats.qcow2.header import Header
 from powercut.formats.qcow2.roles import roles
 from powercut.formats.reader import prove, suspects
@@ -38,6 +38,7 @@ from powercut.verdict import Problem, Severity
 
 _NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from the image
 _BASE = 1 << 30  # the backing file's number among the disks that a search decides
+_DENSE = 1 << 24  # clusters: a byte for each is less work than to search
 _AT_ONCE = 1 << 20  # guest sectors judged at once: bounds the memory for the arrays
 
 
@@ -131,13 +132,11 @@ class Qcow2:
         for first, last in recording.promise.tightened + below:
             changed[first // per_cluster : -(-last // per_cluster)] = True
         if recording.image.touched:
-            # A cluster was touched if, of all ranges that begin at or before it, one ends behind it.
             ranges = np.array(sorted(recording.image.touched), dtype=np.int64)
             begin, end = ranges[:, 0] // per_cluster, -(-ranges[:, 1] // per_cluster)
             mapped = np.flatnonzero(entry)
             cluster = host_offset(entry[mapped]) >> header.cluster_bits
-            before = np.searchsorted(begin, cluster, side="right") - 1
-            changed[mapped] |= (before >= 0) & (cluster < np.maximum.accumulate(end)[before])
+            changed[mapped] |= _within(cluster, begin, end)
         return np.flatnonzero(changed)
 
     def _suspects(self, header: Header, guest: I64, entry: U64, bitmap: U64 | None) -> list[I64]:
@@ -209,6 +208,19 @@ class Qcow2:
         if place == _BACKING and backing is not None and sector < backing.sectors:
             return CrashDisk(backing, disk.search, number=_BASE), sector
         return (disk, place) if place >= 0 else None
+
+
+def _within(cluster: I64, begin: I64, end: I64) -> Bools:
+    """Which clusters lie in one of the ranges `begin[i]` to `end[i] - 1`; `begin` ascends."""
+    limit = int(end.max())
+    if limit < _DENSE:
+        inside = np.zeros(limit + 1, dtype=np.bool_)
+        for first, last in zip(begin.tolist(), end.tolist(), strict=True):
+            inside[first:last] = True
+        return inside[np.minimum(cluster, limit)]
+    # A cluster is in one if, of all ranges that begin at or before it, one ends behind it.
+    before = np.searchsorted(begin, cluster, side="right") - 1
+    return np.asarray((before >= 0) & (cluster < np.maximum.accumulate(end)[before]))
 
 
 def _prove(disk: Deciding, suspicion: Problem, report: Report) -> None:
