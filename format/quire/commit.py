@@ -189,10 +189,13 @@ class Commit:
         self._stopped = why
 
     def close(self) -> None:
-        """Finish, unless an error stopped all writing, and close the file in any case."""
+        """Finish, and close the file in any case. Raises ReadOnly if an error made that impossible and something that
+        was written may be lost."""
         try:
             if self._stopped is None:
                 self.finish()
+            elif self.writes > self._synced:
+                self.admit()
         finally:
             self._stopped = "closed"
             self.file.close()

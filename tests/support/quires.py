@@ -1,10 +1,78 @@
-"""What the tests of Quire share: a trivial model of a set."""
+"""What the tests of Quire share: a trivial model of a set, histories, and their exploration."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from quire.layout import BLOCK
+from powercut.formats.quire.history import parse, record
+from powercut.formats.quire.judge import Quire
+from powercut.formats.quire.promises import Promises
+from powercut.stores import StoreOutcome, explore_store
+from quire.layout import BLOCK, CHECKED_RECORDS
+
+SIZE = 16 << 10
+SLOTS = 4  # so that a few flushes fill the journal
+
+HISTORIES = {
+    "allocate, overwrite": ["write main 0 1k", "flush main", "write main 0 1k", "write main 4k 1k", "flush main"],
+    "discard, rewrite": ["write main 0 1k", "flush main", "discard main 0 4k", "flush main", "write main 0 512"],
+    "checkpoint": [
+        "write main 0 512",
+        "flush main",
+        "write main 4k 512",
+        "flush main",
+        "write main 8k 512",
+        "flush main",
+        "discard main 0 4k",
+        "flush main",
+        "write main 0 1k",
+        "flush main",
+    ],
+    "tree": [
+        "write main 0 512",
+        "snapshot main s",
+        "write main 512 512",
+        "clone s c",
+        "write c 0 512",
+        "flush c",
+        "rename c d",
+        "delete s",
+    ],
+    "revert": [
+        "write main 0 512",
+        "snapshot main s",
+        "write main 0 512",
+        "flush main",
+        "revert main s",
+        "write main 512 512",
+        "flush main",
+    ],
+    "resize": ["write main 12k 1k", "resize main 6k", "write main 4k 1k", "resize main 16k", "write main 5k 512"],
+    "a write while a flush syncs": ["write main 0 512", "race main 0 512", "discard main 0 4k", "race main 0 512"],
+    "killed": [
+        "write main 0 512",
+        "snapshot main s",
+        "write main 0 512",
+        "kill main",
+        "write main 512 512",
+        "flush main",
+    ],
+    "reopen": ["write main 0 512", "reopen", "discard main 0 4k", "write main 0 512", "reopen", "write main 0 1k fua"],
+}
+
+RECORDS = {"P": 0, "C": CHECKED_RECORDS}
+
+
+def explored(
+    folder: Path, history: Sequence[str], features: int, depth: int = 0, touch: range = range(2)
+) -> StoreOutcome:
+    """Record a history, and judge every crash state of it."""
+    lines = parse(history)
+    trace = folder / "t.trace"
+    record(lines, SIZE, SLOTS, trace, features)
+    return explore_store(trace, Quire(Promises(trace, lines), touch), depth=depth)
 
 
 @dataclass

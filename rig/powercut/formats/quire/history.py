@@ -15,12 +15,11 @@ had then. What a crash may leave follows from them alone: lines run one after th
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -29,10 +28,10 @@ from powercut.crash.store import in_memory
 from powercut.errors import InputError
 from powercut.formats.quire.disturbed import disturbed
 from powercut.scenario import parse_size
-from powercut.trace import SECTOR, Kind, Trace, TraceWriter
+from powercut.trace import SECTOR, TraceWriter
 from quire import sets
+from quire.errors import ReadOnly, Unusable
 from quire.image import Image
-from quire.layout import BLOCK
 from quire.sets import FEATURES, Set
 from quire.store import Store
 
@@ -51,10 +50,7 @@ _SHAPES = {  # what the words of a line are
     "race": "nss",
     "kill": "n",
 }
-_WRITING = {"write", "zero", "discard", "race"}
-_DURABLE = {"flush", "snapshot", "resize", "reopen", "race"}  # what was written before is durable afterwards
-
-_TELLING = 16  # bytes by which contents differ
+TELLING = 16  # bytes by which contents differ
 _SHORT = 0.02  # seconds that a flush waits for a write which may be waiting for the flush
 _LONG = 30.0
 
@@ -178,20 +174,44 @@ def opened(quire: Set, head: str) -> Image:
     return there if there is not None else quire.image(head)
 
 
-def record(lines: Sequence[Line], size: int, slots: int, path: Path, features: int = FEATURES) -> None:
-    """Do a history on a new set in memory, and write the trace."""
+def record(
+    lines: Sequence[Line],
+    size: int,
+    slots: int,
+    path: Path,
+    features: int = FEATURES,
+    before: Callable[[str, str], None] | None = None,
+) -> None:
+    """Do a history on a new set in memory, and write the trace. `before` is called before each call to the disk,
+    once the set is made, with the call's name and its file; what it raises is how the call fails."""
     with TraceWriter(path, {"format": "quire", "size": size}) as writer, repeatable():
-        session = Session(RecordingStore(in_memory(), writer), features)
+        noticed: list[Callable[[str, str], None]] = []
+        inner = disturbed(in_memory(), lambda call, file: noticed[0](call, file) if noticed else None)
+        session = Session(RecordingStore(inner, writer), features)
         writer.mark("begin", line=-1)
         session.create(size, slots)
         _done(writer, -1, session.quire)
+        if before is not None:
+            noticed.append(before)
         for number, line in enumerate(lines):
             writer.mark("begin", line=number)
-            session.perform(number, line)
-            _done(writer, number, session.quire, line)
+            try:
+                session.perform(number, line)
+            except OSError as error:
+                if before is None:
+                    raise
+                writer.mark("failed", line=number, error=str(error), tried=not isinstance(error, (ReadOnly, Unusable)))
+            else:
+                _done(writer, number, session.quire, line)
         writer.mark("begin", line=len(lines))
-        session.quire.close()
-        _done(writer, len(lines), session.quire)
+        try:
+            session.quire.close()
+        except OSError as error:
+            if before is None:
+                raise
+            writer.mark("failed", line=len(lines), error=str(error), tried=True)
+        else:
+            _done(writer, len(lines), session.quire)
 
 
 def _done(writer: TraceWriter, number: int, quire: Set, line: Line | None = None) -> None:
@@ -201,127 +221,5 @@ def _done(writer: TraceWriter, number: int, quire: Set, line: Line | None = None
         for name in names:
             image = opened(quire, name)
             data = bytes(image.read(0, image.size))
-            seen[name] = [data[place : place + _TELLING].hex() for place in range(0, len(data), SECTOR)]
+            seen[name] = [data[place : place + TELLING].hex() for place in range(0, len(data), SECTOR)]
     writer.mark("end", line=number, names=names, seen=seen)
-
-
-# ---- what was promised
-
-
-@dataclass(slots=True)
-class World:
-    """A tree that a crash may leave: each name's leaf and whether it is a head, and what its sectors may hold."""
-
-    names: dict[str, tuple[str, bool]] = field(default_factory=dict)
-    disks: dict[str, Candidates] = field(default_factory=dict)
-
-
-class Promises:
-    """What a history that was recorded in `trace` promises at each position."""
-
-    def __init__(self, trace: Path, lines: Sequence[Line]) -> None:
-        recording = Trace(trace)
-        size = int(recording.meta["size"])
-        said = [
-            (int(event["issued"]), recording.about(event)) for event in recording.events if event["kind"] == Kind.MARK
-        ]
-        marks = [(position, mark) for position, mark in said if mark["label"] in ("begin", "end")]
-        self._steps: list[tuple[int, list[World]]] = [(-1, [])]  # from this position on, these worlds; none: no set yet
-        world = World()
-        for position, mark in marks:
-            number = mark["line"]
-            line = lines[number] if 0 <= number < len(lines) else None
-            if mark["label"] == "begin":
-                self._steps.append((position, self._begun(world, number, line)))
-                continue
-            names = {name: (leaf, writable) for name, (leaf, writable) in mark["names"].items()}
-            if line is None:
-                world = (
-                    _settled(world) if number >= 0 else World(names, {"main": [(bytes(SECTOR),)] * (size // SECTOR)})
-                )
-            else:
-                world = _after(world, number, line)
-            for name, sectors in mark["seen"].items():  # what a reopened disk shows, it keeps
-                legal = zip(world.disks[name], sectors, strict=True)
-                world.disks[name] = [tuple(d for d in some if d[:_TELLING].hex() == seen) for some, seen in legal]
-            world.names = names
-            # While a line that changes the tree was running, the tree could be the new one already.
-            begun = self._steps[-1][1]
-            if begun and begun[-1].names != names:
-                begun.append(world)
-            if not begun and number < 0:
-                begun += [World(), world]
-            self._steps.append((position, [world]))
-            world = copy.deepcopy(world)
-
-    @staticmethod
-    def _begun(world: World, number: int, line: Line | None) -> list[World]:
-        """What is legal once a line began: all that was, and what it writes."""
-        if not world.names:
-            return []
-        if line is not None and line.what in _WRITING:
-            written = copy.deepcopy(world)
-            for sector, data in _written(written, number, line):
-                _add(written.disks[line.names[0]], sector, data)
-            world.disks = copy.deepcopy(written.disks)
-            return [written]
-        return [copy.deepcopy(world)]
-
-    def worlds(self, position: int) -> list[World]:
-        """The trees that a crash before `position` may leave. One without names: there may be no set."""
-        found: list[World] = []
-        for begin, worlds in self._steps:
-            if begin >= position:
-                break
-            found = worlds
-        return found or [World()]
-
-
-def _written(world: World, number: int, line: Line) -> list[tuple[int, bytes]]:
-    """The sectors that a line writes, and with what."""
-    offset, length = line.numbers
-    end = offset + length
-    if line.what == "discard":
-        size = len(world.disks[line.names[0]]) * SECTOR
-        offset, end = -(-offset // BLOCK) * BLOCK, end if end == size else end // BLOCK * BLOCK
-    zero = line.what in ("zero", "discard")
-    sectors = range(offset // SECTOR, end // SECTOR)
-    return [(sector, bytes(SECTOR) if zero else content(number, sector)) for sector in sectors]
-
-
-def _add(disk: Candidates, sector: int, data: bytes) -> None:
-    """`data` is the newest that a sector may hold."""
-    disk[sector] = (*(one for one in disk[sector] if one != data), data)
-
-
-def _settled(world: World) -> World:
-    """After all of it became durable: of each sector only the newest."""
-    return World(dict(world.names), {name: [one[-1:] for one in disk] for name, disk in world.disks.items()})
-
-
-def _after(world: World, number: int, line: Line) -> World:
-    """What is promised once a line has returned."""
-    after = copy.deepcopy(world)
-    name = line.names[0] if line.names else ""
-    disks = after.disks
-    if line.what in _DURABLE:
-        for head in [name] if name else list(disks):
-            disks[head] = [one[-1:] for one in disks[head]]
-    if line.what == "race":  # what the flush promises came before the write
-        for sector, data in _written(world, number, line):
-            disks[name][sector] = tuple(dict.fromkeys((*world.disks[name][sector][-2:-1], data)))
-    elif line.what == "write" and line.fua:
-        for sector, data in _written(after, number, line):
-            disks[name][sector] = (data,)
-    elif line.what == "snapshot" or line.what == "clone":
-        disks[line.names[1]] = list(disks[name])
-    elif line.what == "revert":
-        disks[name] = list(disks[line.names[1]])
-    elif line.what == "rename":
-        disks[line.names[1]] = [one[-1:] for one in disks.pop(name)]
-    elif line.what == "delete":
-        del disks[name]
-    elif line.what == "resize":
-        count = line.numbers[0] // SECTOR
-        disks[name] = (disks[name] + [(bytes(SECTOR),)] * count)[:count]
-    return after

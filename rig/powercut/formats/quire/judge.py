@@ -17,7 +17,8 @@ import contextlib
 from collections.abc import Iterator
 from itertools import groupby
 
-from powercut.formats.quire.history import Promises, World, content, repeatable
+from powercut.formats.quire.history import content, repeatable
+from powercut.formats.quire.promises import Promises, World
 from powercut.stores import Case
 from powercut.trace import SECTOR
 from powercut.verdict import Problem, Severity
@@ -73,7 +74,8 @@ class Quire:
     def _same_tree(self, case: Case, worlds: list[World], quire: Set) -> World | None:
         names = {name: (value.leaf.hex(), value.writable) for name, value in quire.manifest.names.items()}
         for world in worlds:
-            if world.names == names:
+            known = {name: (leaf or names.get(name, ("", 0))[0], head) for name, (leaf, head) in world.names.items()}
+            if known == names:
                 return world
         legal = " or ".join(str(sorted(world.names)) for world in worlds)
         report(case, "atomic-tree", "tree", Severity.CORRUPT, f"the names are {sorted(names)}; legal: {legal}")

@@ -1,0 +1,88 @@
+"""Histories in which one call to the disk fails: each call in its turn."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from powercut.crash.model import epochs
+from powercut.formats.quire.history import parse, record
+from powercut.formats.quire.judge import Quire
+from powercut.formats.quire.promises import Promises
+from powercut.stores import StoreOutcome, explore_store
+from powercut.trace import Kind, Trace
+from support.quires import SIZE, SLOTS
+
+ERRORS = {
+    "data": [
+        "write main 0 512",
+        "flush main",
+        "write main 512 512",
+        "discard main 4k 4k",
+        "write main 8k 512 fua",
+        "discard main 0 4k",
+        "flush main",
+        "write main 0 512",
+        "flush main",
+        "write main 8k 512",
+        "flush main",
+    ],
+    "tree": [
+        "write main 0 512",
+        "snapshot main s",
+        "write main 0 512",
+        "clone s c",
+        "resize main 20k",
+        "rename c d",
+        "write main 512 512",
+        "flush main",
+        "delete d",
+        "revert main s",
+    ],
+}
+FULL = ("write", "truncate", "allocate", "create")  # calls that a full disk can fail
+
+
+class Failing:
+    """Fails call number `at` with `error`, if it is one that can fail so."""
+
+    def __init__(self, at: int, error: int) -> None:
+        self.at = at
+        self.error = error
+        self.count = 0
+        self.struck = ""
+
+    def __call__(self, call: str, file: str) -> None:
+        if call == "read":
+            return
+        self.count += 1
+        if self.count == self.at + 1 and (self.error == errno.EIO or call in FULL):
+            self.struck = f"{call} {file}"
+            raise OSError(self.error, "planted", file)
+
+
+_EPOCHS = 3  # explored after the failure, and the last one
+
+
+def with_errors(folder: Path, history: Sequence[str], features: int, error: int) -> Iterator[tuple[str, StoreOutcome]]:
+    """Fail each call that can fail with `error`; the call that was struck, and what a crash soon after it, or at the
+    end, may then leave."""
+    lines = parse(history)
+    path = folder / "t.trace"
+    for at in range(10**6):
+        failing = Failing(at, error)
+        record(lines, SIZE, SLOTS, path, features, failing)
+        if failing.struck:
+            yield failing.struck, explore_store(path, Quire(Promises(path, lines)), depth=0, positions=_soon(path))
+        if failing.count <= at:
+            return
+
+
+def _soon(path: Path) -> list[int]:
+    trace = Trace(path)
+    marks = [(int(event["issued"]), trace.about(event)) for event in trace.events if event["kind"] == Kind.MARK]
+    failed = next((mark["line"] for _, mark in marks if mark["label"] == "failed"), 0)
+    began = next(position for position, mark in marks if mark.get("line") == failed)
+    after = [position for position in epochs(trace) if position > began]
+    return [*after[:-1][:_EPOCHS], after[-1]]
