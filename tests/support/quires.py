@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from powercut.crash.model import epochs
 from powercut.formats.quire.history import parse, record
 from powercut.formats.quire.judge import Quire
 from powercut.formats.quire.promises import Promises
 from powercut.stores import StoreOutcome, explore_store
+from powercut.trace import Trace
 from quire.layout import BLOCK, CHECKED_RECORDS
 
 SIZE = 16 << 10
@@ -65,14 +67,27 @@ HISTORIES = {
 RECORDS = {"P": 0, "C": CHECKED_RECORDS}
 
 
-def explored(
-    folder: Path, history: Sequence[str], features: int, depth: int = 0, touch: range = range(2)
-) -> StoreOutcome:
+def explored(folder: Path, history: Sequence[str], features: int, depth: int = 0) -> StoreOutcome:
     """Record a history, and judge every crash state of it."""
+    trace, judge = recorded(folder, history, features, range(2))
+    return explore_store(trace, judge, depth=depth)
+
+
+def one_by_one(
+    folder: Path, history: Sequence[str], features: int, depth: int = 0, touch: range = range(2)
+) -> Iterator[StoreOutcome]:
+    """The same, epoch by epoch, the last first."""
+    trace, judge = recorded(folder, history, features, touch)
+    for position in reversed(epochs(Trace(trace))):
+        yield explore_store(trace, judge, depth=depth, positions=[position])
+
+
+def recorded(folder: Path, history: Sequence[str], features: int, touch: range) -> tuple[Path, Quire]:
+    """A history's trace, and its judge."""
     lines = parse(history)
     trace = folder / "t.trace"
     record(lines, SIZE, SLOTS, trace, features)
-    return explore_store(trace, Quire(Promises(trace, lines), touch), depth=depth)
+    return trace, Quire(Promises(trace, lines), touch)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from quire.layout import BLOCK, PAGE, Geometry
 from quire.sets import Set
 from quire.store import Store
 
-SIZE, SLOTS = 6 * BLOCK, 4
+SIZE, SLOTS = 8 * BLOCK, 4
 
 
 class Place(NamedTuple):
@@ -34,12 +34,13 @@ class Shelf:
                 image.write(block * BLOCK, bytes([block + 1]) * BLOCK)
                 image.flush()
             quire.snapshot("main", "s")
-            image.write(100, b"before" * 100)
-            image.flush()
+            for block in range(4):
+                image.write(block * BLOCK + 100, b"before" * 100)
+                image.flush()
             self.early = files(self.store)
-            for block in range(1, 4):
+            for block in range(4, 8):
                 image.write(block * BLOCK + 5, b"after" * 50)
-                image.zero((block + 1) * BLOCK, BLOCK)
+                image.zero((block - 2) * BLOCK, BLOCK)
                 image.flush()
             quire.clone("s", "c")
             self.manifest = quire.manifest

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from powercut.crash.options import Options
 from powercut.errors import InputError
-from powercut.formats.quire.history import Promises, parse, record
+from powercut.formats.quire.history import parse, record
 from powercut.formats.quire.judge import Quire
+from powercut.formats.quire.promises import Promises
 from powercut.scenario import Scenario, parse_size
 from powercut.stores import StoreOutcome, explore_store
 from quire.errors import QuireError
