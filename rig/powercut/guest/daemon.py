@@ -81,8 +81,16 @@ class Daemon:
         return self
 
     def connect(self) -> Client:
-        """A client of the disk."""
-        return Client(self._socket, "disk")
+        """A client of the disk. The socket is there before the daemon listens, and it listens before it exports."""
+        assert self._process is not None
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return Client(self._socket, "disk")
+            except EnvironmentFault:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
 
     def _end(self, *, kill: bool) -> str:
         assert self._process is not None
