@@ -16,9 +16,10 @@ from powercut.cli import main
 from powercut.faults.blkdebug import Injection
 from powercut.faults.full import PLENTY, Full, tmpfs
 from powercut.faults.server import Mishap
-from powercut.guest.control import Guest
+from powercut.guest.stubborn import Served
 from powercut.injection import Case, Rig
 from powercut.scenario import load
+from powercut.trace import Kind
 from powercut.verdict import Verdict
 from support.qemu import needs_qemu
 
@@ -69,18 +70,23 @@ def test_control_without_a_loss_raw_and_qcow2_hold(tmp_path, figure):
 @pytest.fixture
 def repeated_writes_are_dropped(monkeypatch):
     """A disk that acknowledges a write which failed before, and does nothing."""
-    failed, write = set(), Guest.write
+    failed, submit, wait = set(), Served.submit, Served.wait
+    answers = []
 
-    def lying(self, offset, data, fua=False):
-        if (offset, bytes(data)) in failed:
-            return
-        try:
-            write(self, offset, data, fua)
-        except OSError:
-            failed.add((offset, bytes(data)))
-            raise
+    def lying(self, tag, operation, data):
+        if tag in failed:
+            answers.append((tag, 0))
+        else:
+            submit(self, tag, operation, data)
 
-    monkeypatch.setattr(Guest, "write", lying)
+    def failing(self):
+        tag, error = answers.pop() if answers else wait(self)
+        if error:
+            failed.add(tag)
+        return tag, error
+
+    monkeypatch.setattr(Served, "submit", lying)
+    monkeypatch.setattr(Served, "wait", failing)
 
 
 @pytest.mark.usefixtures("repeated_writes_are_dropped")
@@ -160,13 +166,14 @@ def test_a_disk_that_is_larger_than_one_request():
 
 
 def test_a_crash_of_qemu_is_a_finding(rig, monkeypatch, planted):
-    history, flush = sweep.prepared(raw())[1], Guest.flush
+    history, submit = sweep.prepared(raw())[1], Served.submit
 
-    def killing(self):
-        rig._control._process.kill()
-        flush(self)
+    def killing(self, tag, operation, data):
+        if operation.kind is Kind.FLUSH:
+            rig._control._process.kill()
+        submit(self, tag, operation, data)
 
-    monkeypatch.setattr(Guest, "flush", killing)
+    monkeypatch.setattr(Served, "submit", killing)
     ran = rig.run(Case(history))
     planted("errors: QEMU ends by itself", ran.faults != [])
     assert [(fault.rule, fault.kind) for fault in ran.faults] == [("alive", "crash")]

@@ -28,7 +28,7 @@ from powercut.faults.blkdebug import Counter
 from powercut.guest.control import Control, Guest
 from powercut.guest.daemon import create_image, tool
 from powercut.guest.expectation import Expectation, Range
-from powercut.guest.stubborn import TRIES, Seen, Stubborn
+from powercut.guest.stubborn import TRIES, Seen, Served, Stubborn
 from powercut.guest.workload import Operation, Verb
 from powercut.oracles.readback import Wrong, first_wrong
 from powercut.scenario import parse_size
@@ -65,12 +65,14 @@ CHECKED: Final = frozenset({"qcow2", "qed", "vdi", "vmdk", "vhdx", "parallels"})
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is under test: an image of `size` bytes, over `backing` bytes of something else (0: none)."""
+    """What is under test: an image of `size` bytes, over `backing` bytes of something else (0: none); its guest has
+    `depth` requests in flight at once."""
 
     format: str
     size: int
     options: tuple[tuple[str, str], ...] = ()
     backing: int = 0
+    depth: int = 1
 
     @property
     def all_options(self) -> dict[str, str]:
@@ -241,7 +243,7 @@ class Rig:
             if guest is None:
                 return
             ran.opened = True
-            stubborn = Stubborn(guest, expectation, ran.seen, noticed)
+            stubborn = Stubborn(Served(guest), expectation, ran.seen, noticed, self.target.depth)
             stubborn.run(part, number)
             number += len(part) + 1
             if reads:

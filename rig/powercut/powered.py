@@ -8,7 +8,6 @@ guest hears that all is well; what it loses then is no surprise, and a control.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +25,7 @@ from powercut.guest.machine import Machine
 from powercut.guest.stubborn import TRIES, Stubborn
 from powercut.guest.workload import Operation
 from powercut.injection import Fault, Ran, Rig, Target, parts
+from powercut.trace import Kind
 from powercut.verdict import Severity
 
 WERROR: Final = ("report", "stop", "enospc", "ignore")
@@ -39,55 +39,40 @@ class _Stuck(Exception):
 
 
 class _Device:
-    """The guest's disk, one request at a time. Errors are OSErrors of the guest's."""
+    """The guest's disk."""
 
     def __init__(self, machine: Machine, noticed: Callable[[], None]) -> None:
         self._machine, self._noticed = machine, noticed
-        self._tag = 0
         self.stops = 0
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Write stamps: the guest makes them itself, from the number they bear."""
-        self._tag += 1
-        self._machine.agent.write(self._tag, 0, offset, len(data), int.from_bytes(data[:8], "little"), 0)
-        self._wait()
+    def submit(self, tag: int, operation: Operation, data: bytes) -> None:
+        """The guest makes the stamps of a write itself."""
+        agent, offset, length = self._machine.agent, operation.offset, operation.length
+        if operation.kind is Kind.WRITE:
+            agent.write(tag, 0, offset, length, tag, 0)
+        elif operation.kind is Kind.ZERO:
+            agent.zero(tag, 0, offset, length, unmap=operation.unmap)
+        elif operation.kind is Kind.DISCARD:
+            agent.discard(tag, 0, offset, length)
+        else:
+            agent.flush(tag, 0)
 
-    def zero(self, offset: int, length: int, may_unmap: bool = False) -> None:
-        self._tag += 1
-        self._machine.agent.zero(self._tag, 0, offset, length, unmap=may_unmap)
-        self._wait()
-
-    def discard(self, offset: int, length: int) -> None:
-        self._tag += 1
-        self._machine.agent.discard(self._tag, 0, offset, length)
-        self._wait()
-
-    def flush(self) -> None:
-        self._tag += 1
-        self._machine.agent.flush(self._tag, 0)
-        self._wait()
-
-    def _wait(self) -> None:
-        """Wait for the answer; where the machine has stopped, mend what can be mended and let it go on."""
+    def wait(self) -> tuple[int, int]:
+        """Where the machine has stopped, mend what can be mended and let it go on."""
         deadline, stops = time.monotonic() + _PATIENCE, 0
         while True:
-            try:
+            with suppress(Unanswered):
                 answer = self._machine.agent.wait(_LOOK)
-            except Unanswered:
-                if self._machine.ask("query-status")["status"] == "io-error":
-                    stops += 1
-                    self.stops += 1
-                    if stops > TRIES:
-                        raise _Stuck from None
-                    self._noticed()
-                    self._machine.ask("cont")
-                elif time.monotonic() > deadline:
-                    raise
-                continue
-            if answer.tag == self._tag:
-                break
-        if answer.error:
-            raise OSError(answer.error, os.strerror(answer.error))
+                return answer.tag, answer.error
+            if self._machine.ask("query-status")["status"] == "io-error":
+                stops += 1
+                self.stops += 1
+                if stops > TRIES:
+                    raise _Stuck
+                self._noticed()
+                self._machine.ask("cont")
+            elif time.monotonic() > deadline:
+                raise Unanswered(f"the guest gave no answer for {_PATIENCE:g} s")
 
 
 class PoweredRig(Rig):
@@ -126,7 +111,7 @@ class PoweredRig(Rig):
         with machine:
             device = _Device(machine, armed.noticed)
             with suppress(_Stuck):
-                Stubborn(device, expectation, ran.seen, armed.noticed).run(part, first)
+                Stubborn(device, expectation, ran.seen, armed.noticed, self.target.depth).run(part, first)
             ran.seen.stops += device.stops
             machine.ask("quit")
             machine.wait_end()

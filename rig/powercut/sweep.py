@@ -115,7 +115,7 @@ def default_history(unit: int) -> list[str]:
     ]
 
 
-def scenario_of(format: str, options: dict[str, str], **more: Any) -> Scenario:
+def scenario_of(format: str, options: dict[str, str], depth: int = 1, **more: Any) -> Scenario:
     """The scenario that sweeps a format, with the default history unless `more` keys say something else. Raises
     InputError."""
     if format not in LAYOUTS:
@@ -123,7 +123,13 @@ def scenario_of(format: str, options: dict[str, str], **more: Any) -> Scenario:
     unit = max(cluster(format, tuple(options.items())), 4096)
     plain = {"format": format, "options": options, "size": size_text(6 * unit), "errors": {}}
     return from_options(
-        {"about": "", "expect": "HOLDS", **plain, "workload": {"depth": 1, "history": default_history(unit)}, **more}
+        {
+            "about": "",
+            "expect": "HOLDS",
+            **plain,
+            "workload": {"depth": depth, "history": default_history(unit)},
+            **more,
+        }
     )
 
 
@@ -148,7 +154,8 @@ def prepared(scenario: Scenario) -> tuple[Target, tuple[Operation, ...]]:
     if errors.below == "server" and scenario.format not in ("qcow2", "raw"):
         raise InputError(f"errors: {scenario.format} grows its file, and a storage server's disk cannot grow")
     backing = parse_size(scenario.backing) if scenario.backing else 0
-    return Target(scenario.format, parse_size(scenario.size), tuple(scenario.options.items()), backing), history
+    options, depth = tuple(scenario.options.items()), scenario.workload.depth
+    return Target(scenario.format, parse_size(scenario.size), options, backing, depth), history
 
 
 def rig_for(target: Target, errors: Errors) -> Rig:
@@ -300,8 +307,9 @@ def scenario(result: Result, found: Found) -> Scenario:
         expect="BROKEN",
         rule=rule,
         qemu=(".".join(result.qemu.split(".")[:2]),),
-        workload=Workload(depth=1, history=tuple(found.lines)),
+        workload=Workload(depth=result.target.depth, history=tuple(found.lines)),
         errors=only,
+        name="",  # that of its file
     )
 
 

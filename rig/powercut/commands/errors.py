@@ -16,6 +16,7 @@ from powercut.commands import BISECT, JSON, QEMU, SAVE, compared, named_values
 @click.option("--size", help="The guest's disk.  [default: six clusters]")
 @click.option("--backing", metavar="SIZE", help="Over a raw backing file of so many bytes.")
 @click.option("--operations", type=click.IntRange(1), help="So many random operations instead of the built-in history.")
+@click.option("--depth", default=1, show_default=True, type=click.IntRange(1, 64), help="Requests in flight at once.")
 @click.option("--seed", default=7, show_default=True, help="What random operations are drawn from.")
 @click.option("--with", "extra", default="", metavar="KINDS", help="Random zero, discard too (with a comma between).")
 @click.option(
@@ -44,6 +45,7 @@ def errors(
     size: str | None,
     backing: str | None,
     operations: int | None,
+    depth: int,
     seed: int,
     extra: str,
     below: str,
@@ -74,8 +76,8 @@ def errors(
     more = chosen(size=size, backing=backing) | {"errors": only}
     if operations:
         kinds = [word for word in extra.split(",") if word]
-        more["workload"] = {"operations": operations, "seed": seed, "with": kinds}
-    scenarios = [sweep.scenario_of(format, named_values(options), **more) for format in formats or sweep.FORMATS]
+        more["workload"] = {"operations": operations, "seed": seed, "with": kinds, "depth": depth}
+    scenarios = [sweep.scenario_of(format, named_values(options), depth, **more) for format in formats or sweep.FORMATS]
     folder = save or Path("powercut-errors")
 
     def swept(said: bool = True, within: str = "") -> list[tuple[sweep.Result, list[Path]]]:
