@@ -305,7 +305,7 @@ def test_control_a_disk_that_was_brought(tmp_path: Path, planted: Planted, monke
         overwrite_header(running)
 
     monkeypatch.setattr(endings, "find", lambda name: replace(quits, end=end))
-    plan = Loop(device="ide", disk=str(brought), after=1.5)
+    plan = Loop(device="ide", disk=str(brought), after=3)
     outcome = Loops(Scenario("", "CLEAN", loop=plan), accelerator="tcg").run(loops=1, save=tmp_path / "kept")
     planted("loop: header of an overlay", outcome.word == "BROKEN")
     assert outcome.word == "BROKEN"

@@ -30,7 +30,7 @@ def text(outcome: Any) -> str:
         f"{outcome.rate:.1f} loops/s"
     )
     if outcome.checks:
-        recordings, together = count(len(outcome.states), "recording"), states(sum(outcome.states))
+        recordings, together = count(len(outcome.states) * plan.disks, "recording"), states(sum(outcome.states))
         lines.append(f"  explored  {recordings}, together {together} crash states in {outcome.checks:,} checks")
     images = "a new image each" if plan.fresh or plan.filesystem or outcome.checks else "images used again"
     disks = f"{count(plan.disks, plan.device + ' disk')} of {scenario.size}"
