@@ -68,11 +68,15 @@ def test_a_read_that_gets_into_stock_late_is_answered(monkeypatch):
         rig._daemon().shut(guest)
 
 
-def seen(plan, start, history):
-    """The first case of a history, with one request held, that goes wrong; shrunk, and as it would be saved."""
+def seen(plan, start, history, tries=1):
+    """The first case of a history, with one request held, that goes wrong; shrunk, and as it would be saved. Where the
+    machine is busy, QEMU may be slower than the guest, and the case takes several `tries`."""
     with Rig(plan) as rig:
         search, tally = Search(rig), Tally()
-        search.exhaust(Case(start, tuple(map(parse, history))), tally)
+        for _ in range(tries):
+            search.exhaust(Case(start, tuple(map(parse, history))), tally)
+            if tally.findings:
+                break
     return tally.findings
 
 
@@ -92,7 +96,8 @@ stock = pytest.mark.skipif(not version().startswith("7.2"), reason="what is know
 )
 def test_what_stock_qemu_does(tmp_path, overlap, history, kind):
     """docs/races.md tells of these; a control that differs in the place, or waits for what overlaps, holds."""
-    found = seen(Plan("qcow2", extra=("zero", "discard"), starts=("warm",), overlap=overlap), "warm", history)
+    plan = Plan("qcow2", extra=("zero", "discard"), starts=("warm",), overlap=overlap)
+    found = seen(plan, "warm", history, 3 if kind else 1)
     assert {bundle.kind for bundle in found} == ({kind} if kind else set()), found
     for bundle in found:
         assert bundle.seen

@@ -134,6 +134,14 @@ class Connection:
         self._socket.close()
         self._server.forget(self)
 
+    @property
+    def unread(self) -> bool:
+        """Whether something has arrived that was not read yet."""
+        waiting = select.poll()
+        with contextlib.suppress(OSError, ValueError):  # it was closed meanwhile
+            waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(0))
+
     # ---- reading
 
     def _read_batch(self) -> list[Request]:
@@ -453,6 +461,13 @@ class Server:
                     self._failure = self._failure or error
                 else:
                     self._connections.add(connection)
+
+    @property
+    def unread(self) -> bool:
+        """Whether some client has sent what was not read yet."""
+        with self._lock:
+            connections = list(self._connections)
+        return any(connection.unread for connection in connections)
 
     def forget(self, connection: Connection) -> None:
         with self._lock:

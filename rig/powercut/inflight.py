@@ -198,7 +198,7 @@ class Rig:
         base = HoldingExport(self._gate, "backing file", plan.size, plan.lie)
         base.load(stamp.make(0, 0, 0, plan.size // SECTOR))
         for name, export in (("image", self._image), ("base", base)):
-            self._stack.enter_context(Server(export, self._scratch / name))
+            self._gate.watch(self._stack.enter_context(Server(export, self._scratch / name)))
         self._control: Control | None = None
         self._starts: dict[str, bytes] = {}
         self._read: dict[bytes, _Closed] = {}  # by digest of the image

@@ -460,3 +460,23 @@ def test_a_path_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_sizes_that_no_client_could_use(tmp_path: Path, size: int, block: int) -> None:
     with pytest.raises(ValueError, match="block size"):
         Server(Memory(size, block), tmp_path / "nbd")
+
+
+def test_what_nobody_has_read_yet_is_known(tmp_path: Path) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(Memory):
+        def flush(self) -> None:
+            entered.set()
+            leave.wait(20)
+
+    with Server(Slow(), tmp_path / "nbd") as server, connected(tmp_path / "nbd") as plug:
+        assert not server.unread
+        plug.sendall(ask(Command.FLUSH))
+        assert entered.wait(20)
+        assert not server.unread, "it was read, and is being worked on"
+        plug.sendall(ask(Command.FLUSH))
+        assert server.unread
+        leave.set()
+        assert hear(plug) == hear(plug) == (0, 0, b"")
+        assert not server.unread

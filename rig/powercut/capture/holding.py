@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from powercut.trace import SECTOR
+from quire.nbd import Server
 from quire.nbd_protocol import Command, Data, Request
 
 LIES: Final = ("drop", "misplace", "stale")
@@ -52,6 +53,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._servers: list[Server] = []
         self._releasing = 0  # the thread that lets requests go
         self.moves = 0  # grows with every request that comes and every one that is answered
         self.arrivals: list[Arrival] = []
@@ -85,9 +87,15 @@ class Gate:
         """How many requests wait."""
         return len(self._held)
 
+    def watch(self, server: Server) -> None:
+        """`server` serves an export behind this gate."""
+        self._servers.append(server)
+
     @property
     def idle(self) -> bool:
-        """Whether no request is being worked on: those that wait are not."""
+        """Whether no request is being worked on, or has arrived and is not looked at yet: those that wait are not."""
+        if any(server.unread for server in self._servers):
+            return False
         with self._lock:
             return self._open == len(self._held)
 
