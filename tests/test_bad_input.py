@@ -139,7 +139,8 @@ def checker(folder: Path, text: str) -> str:
     ids=["crashes", "prints garbage", "hangs"],
 )
 def test_a_checker_without_an_opinion(trace, tmp_path, monkeypatch, does, says):
-    monkeypatch.setattr("powercut.external.TIMEOUT", 0.4)
+    if says.endswith("0 s"):
+        monkeypatch.setattr("powercut.external.TIMEOUT", 0.4)
     assert says in said("explore", trace, "--checker", checker(tmp_path, does), "--jobs", 1, "--budget", 16, code=3)
 
 
@@ -187,7 +188,7 @@ def test_nothing_outlives_a_killed_exploration(trace, tmp_path):
     command = [sys.executable, "-c", code, "explore", str(trace), "--checker", slow, "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     progress = tmp_path / "t.trace.progress"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not progress.exists() or progress.read_bytes().count(b"\n") < 3:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -224,13 +225,13 @@ def test_a_recording_that_is_cut_short_is_kept_and_cannot_hold(tmp_path, how):
     out = tmp_path / "t.trace"
     command = [sys.executable, "-m", "powercut.cli", "record", "qcow2", "--ops", "200000", "--size", "16M"]
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not out.exists() or os.stat(out).st_size < 2 << 20:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert "Traceback" not in err
     if how == signal.SIGINT:
         assert process.returncode in (2, 3)

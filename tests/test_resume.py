@@ -43,7 +43,7 @@ def start(folder: Path, naps: float, *arguments: object) -> subprocess.Popen[str
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert "Traceback" not in err, err
     return process.returncode, out + err
 
@@ -52,7 +52,7 @@ def cut_off(folder: Path, trace: Path, number: int, how: signal.Signals, *option
     """Start an exploration, and end it `how` once it has kept `number` results."""
     process = start(folder, 0.1, trace, "--jobs", "1", *options)
     progress = folder / f"{trace.name}.progress"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not progress.exists() or progress.read_bytes().count(b"\n") <= number:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

@@ -165,7 +165,7 @@ class Cluster(Pool):
         except ImportError:
             raise EnvironmentFault("a cluster needs Dask: pip install 'powercut[cluster]'") from None
         try:
-            self._client: Any = distributed.Client(address, timeout="10s", set_as_default=False)
+            self._client: Any = distributed.Client(address, timeout="30s", set_as_default=False)
         except (OSError, ValueError) as error:
             raise EnvironmentFault(f"no Dask scheduler answers at {address}: {error}") from None
         self._killed: type[BaseException] = distributed.KilledWorker
