@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,6 +229,44 @@ def test_bad_input_is_a_sentence(tmp_path, arguments, said):
 def test_an_event_that_is_not_raised_proves_nothing(tmp_path):
     code, output = errors(tmp_path, "raw", "--event", "l2_load", "--jobs", "1")
     assert (code, output.startswith("UNKNOWN")) == (3, True)
+
+
+def test_a_qemu_that_does_not_answer_is_a_finding(rig, monkeypatch, planted):
+    history, submit = sweep.prepared(raw())[1], Served.submit
+    monkeypatch.setattr("powercut.guest.control._PATIENCE", 1.0)
+    rig._lose()  # the next daemon is asked with less patience
+
+    def stopping(self, tag, operation, data):
+        if operation.kind is Kind.FLUSH:
+            rig._control._process.send_signal(signal.SIGSTOP)
+        submit(self, tag, operation, data)
+
+    monkeypatch.setattr(Served, "submit", stopping)
+    ran = rig.run(Case(history))
+    planted("errors: QEMU does not answer", ran.faults != [])
+    assert [(fault.rule, fault.kind) for fault in ran.faults] == [("alive", "hang")]
+
+
+def test_ctrl_c_ends_it_soon_and_leaves_nothing(tmp_path):
+    home = tmp_path / "t"
+    home.mkdir()
+    command = [sys.executable, "-m", "powercut.cli", "errors", "vhdx", "--event", "pwritev"]
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(home)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(home.glob("powercut-*"))) < 5 and time.monotonic() < deadline:  # the workers are at work
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 3, said
+    assert said == "powercut: interrupted; nothing was concluded\n"
+    assert list(home.iterdir()) == []
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):

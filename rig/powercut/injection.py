@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from powercut.faults.blkdebug import Counter
 from powercut.guest.control import Control, Guest
 from powercut.guest.daemon import create_image, tool
 from powercut.guest.expectation import Expectation, Range
+from powercut.guest.scratch import scratch
 from powercut.guest.stubborn import TRIES, Seen, Served, Stubborn
 from powercut.guest.workload import Operation, Verb
 from powercut.oracles.readback import Wrong, first_wrong
@@ -134,7 +134,7 @@ class Rig:
     def __init__(self, target: Target) -> None:
         self.target = target
         self._stack = ExitStack()
-        self.scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="powercut-")))
+        self.scratch = self._stack.enter_context(scratch())
         self._path, self._template = self.scratch / "image", self.scratch / "template"
         base = None
         if target.backing:

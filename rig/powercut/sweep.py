@@ -242,9 +242,12 @@ def _all(rig: Rig, errors: Errors, cases: list[Case], jobs: int) -> Iterator[tup
         yield from ((case, rig.run(case)) for case in cases)
         return
     chunks = [cases[at : at + _CHUNK] for at in range(0, len(cases), _CHUNK)]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (rig.target, errors)) as pool:
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (rig.target, errors))
+    try:
         for done in pool.map(_work, chunks):
             yield from done
+    finally:  # Ctrl-C, too: what has not begun is not begun any more
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- a finding
