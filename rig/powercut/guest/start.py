@@ -15,8 +15,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from powercut.guest.hardware import CANNOT_MIGRATE, Disk, Hardware, attached, co
 from powercut.guest.machine import Machine
 
 BOOT_PATIENCE = 60.0  # seconds until a booting guest must answer
-_TEMPLATES = 12  # kept at most
+_TEMPLATES = 8  # kept at most, but for those in use; most take some 60 MB
+_UNFINISHED = 3600.0  # seconds, after which nobody is still making a template
 _IGNORE_SHARED = [{"capability": "x-ignore-shared", "state": True}]
 
 
@@ -62,17 +63,15 @@ def _from_template(
 ) -> Machine:
     """Restore a machine with null disks in the place of those that are `staying`, and plug in the others."""
     control = controllers(disks)
-    template = _template(hardware, [*control, *_null_disks(staying)])
-    command = [*hardware.arguments(memory_file=template / "memory"), *control, *_null_disks(staying)]
-    machine = Machine([*command, "-incoming", "defer"], folder, environment=environment)
+    with _template(hardware, [*control, *_null_disks(staying)]) as template:
+        command = [*hardware.arguments(memory_file=template / "memory"), *control, *_null_disks(staying)]
+        machine = Machine([*command, "-incoming", "defer"], folder, environment=environment)
+        try:
+            _load(machine, template)
+        except BaseException:
+            machine.close()
+            raise
     try:
-        machine.ask("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
-        machine.ask("migrate-incoming", uri=f"exec:cat {template / 'state'}")
-        deadline = time.monotonic() + BOOT_PATIENCE
-        while machine.ask("query-status")["status"] == "inmigrate":
-            if time.monotonic() > deadline:
-                raise EnvironmentFault(f"QEMU did not take the template within {BOOT_PATIENCE:g} s: {machine.said}")
-            time.sleep(0.002)
         for number, disk in enumerate(disks):
             machine.add_node(disk.node, f"disk{number}")
             if disk in staying:
@@ -86,6 +85,16 @@ def _from_template(
         machine.close()
         raise
     return _ready(machine, len(disks), BOOT_PATIENCE)
+
+
+def _load(machine: Machine, template: Path) -> None:
+    machine.ask("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
+    machine.ask("migrate-incoming", uri=f"exec:cat {template / 'state'}")
+    deadline = time.monotonic() + BOOT_PATIENCE
+    while machine.ask("query-status")["status"] == "inmigrate":
+        if time.monotonic() > deadline:
+            raise EnvironmentFault(f"QEMU did not take the template within {BOOT_PATIENCE:g} s: {machine.said}")
+        time.sleep(0.002)
 
 
 def _ready(machine: Machine, disks: int, patience: float) -> Machine:
@@ -114,26 +123,29 @@ def _null_disks(disks: list[Disk]) -> list[str]:
     return attached(disks, nodes)
 
 
-def _template(hardware: Hardware, disks: list[str]) -> Path:
-    """The folder of the template for this hardware and the words of the command line that speak of disks."""
+@contextmanager
+def _template(hardware: Hardware, disks: list[str]) -> Iterator[Path]:
+    """The folder of the template for this hardware and the words of the command line that speak of disks. It stays as
+    long as the context lasts."""
     command = [*hardware.arguments(memory_file=Path("memory")), *disks]
     program = os.stat(command[0])
     what = [*command, str(program.st_size), str(program.st_mtime_ns)]
     key = hashlib.sha256("\0".join(what).encode()).hexdigest()[:20]
     home = compiled.cache() / "guest" / f"template-{key}"
-    if home.is_dir():
-        with suppress(OSError):
+    with ExitStack() as held:
+        try:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(home.with_suffix(".lock"), "wb"))
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not home.is_dir():
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one makes it, the others wait for it
+                if not home.is_dir():
+                    _make_template(hardware, disks, home)
+                fcntl.flock(lock, fcntl.LOCK_SH)
             os.utime(home)
-        return home
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with open(home.with_suffix(".lock"), "wb") as lock:  # one makes it, the others wait for it
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not home.is_dir():
-                _make_template(hardware, disks, home)
-        return home
-    except OSError as error:
-        raise EnvironmentFault(f"{home}: a template cannot be kept there: {error.strerror}") from None
+        except OSError as error:
+            raise EnvironmentFault(f"{home}: a template cannot be kept there: {error.strerror}") from None
+        yield home
 
 
 def _make_template(hardware: Hardware, disks: list[str], home: Path) -> None:
@@ -158,14 +170,14 @@ def _make_template(hardware: Hardware, disks: list[str], home: Path) -> None:
 
 
 def _forget_old(folder: Path) -> None:
-    """Remove the templates used longest ago, but none of the last hour: somebody may be about to open it."""
+    """Remove the templates used longest ago that nobody uses now, and what a rig that was killed left unfinished."""
     kept = sorted(folder.glob("template-*/"), key=lambda path: path.stat().st_mtime)
     for old in kept[: max(0, len(kept) + 1 - _TEMPLATES)]:
-        if time.time() - old.stat().st_mtime > 3600:
+        with open(old.with_suffix(".lock"), "wb") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-            old.with_suffix(".lock").unlink(missing_ok=True)
-    for unfinished in folder.glob(".template-*/"):  # by a rig that was killed
-        if time.time() - unfinished.stat().st_mtime > 3600:
+    for unfinished in folder.glob(".template-*/"):
+        if time.time() - unfinished.stat().st_mtime > _UNFINISHED:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 

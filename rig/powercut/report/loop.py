@@ -30,8 +30,11 @@ def text(outcome: Any) -> str:
         f"{outcome.rate:.1f} loops/s"
     )
     if outcome.checks:
-        recordings, together = count(len(outcome.states) * plan.disks, "recording"), states(sum(outcome.states))
-        lines.append(f"  explored  {recordings}, together {together} crash states in {outcome.checks:,} checks")
+        recordings = count(len(outcome.states) * plan.disks, "recording")
+        most = states(max(outcome.states))
+        lines.append(
+            f"  explored  {recordings} to the end, of up to {most} crash states a loop, in {outcome.checks:,} checks"
+        )
     images = "a new image each" if plan.fresh or plan.filesystem or outcome.checks else "images used again"
     disks = f"{count(plan.disks, plan.device + ' disk')} of {scenario.size}"
     if plan.disk is not None:
@@ -80,7 +83,7 @@ def document(outcome: Any, schema: str) -> dict[str, Any]:
         "bound": outcome.bound,
         "seconds": round(outcome.seconds, 2),
         "operations": dict(outcome.operations),
-        "log2_states": sum(outcome.states),
+        "log2_states": max(outcome.states, default=0.0),
         "checks": outcome.checks,
         "qemu": outcome.qemu,
         "accelerator": {"name": outcome.accelerator.name, "why": outcome.accelerator.why},
