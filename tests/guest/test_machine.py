@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -175,6 +176,20 @@ def test_a_server_that_forgets_a_write_is_found_out(forgotten: int, planted: Cal
     if forgotten >= 0:
         planted("guest: a server that forgets a write", bool(problems))
     assert [problem.where for problem in problems] == (list(range(5 * 128, 5 * 128 + 8)) if forgotten >= 0 else [])
+
+
+def test_templates_that_nobody_uses_make_room(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"template-{number}").mkdir()
+        os.utime(tmp_path / f"template-{number}", (number, number))
+    unfinished = tmp_path / ".template-killed"
+    unfinished.mkdir()
+    os.utime(unfinished, (0, 0))
+    with open(tmp_path / "template-1.lock", "wb") as used:
+        fcntl.flock(used, fcntl.LOCK_SH)
+        start._forget_old(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert left == ["template-1", *(f"template-{number}" for number in range(3, 10))]
 
 
 def test_an_accelerator_that_hangs_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
