@@ -133,10 +133,11 @@ class Session:
             writer = threading.Thread(target=self._write, args=(image, number, line))
             self._meanwhile = lambda: self._start(writer)
             image.flush()
-            writer.join(_LONG)
-            if self._meanwhile is not None:  # there was nothing to sync
+            if writer.ident is None:  # there was nothing to sync
                 self._meanwhile = None
                 self._write(image, number, line)
+            else:
+                writer.join(_LONG)
         elif line.what == "write":
             self._write(opened(quire, names[0]), number, line)
         elif line.what in ("zero", "discard", "flush"):

@@ -1,0 +1,134 @@
+"""Histories nobody wrote: all short ones over a small alphabet, and long ones that hypothesis draws and shrinks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from powercut.crash.model import epochs
+from powercut.stores import StoreOutcome, explore_store
+from powercut.trace import Kind, Trace
+from powercut.verdict import Verdict
+from support.quires import RECORDS, SIZE, recorded
+
+ALPHABET = (
+    "write main 0 512",
+    "write main 512 512",
+    "discard main 0 4k",
+    "flush main",
+    "snapshot main s{}",
+    "kill main",
+)
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+_LAST = 2  # epochs explored of a long history, from its end
+_CHECKS = 400  # of each of them
+
+
+def ending(folder: Path, history: list[str], features: int) -> StoreOutcome:
+    """What a crash in the last line of a history, or while the set is closed after it, may leave. A crash before is
+    one in a shorter history."""
+    trace, judge = recorded(folder, history, features, range(2))
+    read = Trace(trace)
+    marks = ((int(event["issued"]), read.about(event)) for event in read.events if event["kind"] == Kind.MARK)
+    begin = next(position for position, mark in marks if mark.get("line") == len(history) - 1)
+    return explore_store(trace, judge, depth=0, positions=[p for p in epochs(read) if p > begin])
+
+
+@pytest.mark.parametrize(
+    ("longest", "records"),
+    [
+        (2, "P"),
+        (2, "C"),
+        pytest.param(3, "C", marks=pytest.mark.slow),
+        pytest.param(4, "C", marks=pytest.mark.slow),
+        pytest.param(5, "C", marks=pytest.mark.slow),
+    ],
+)
+def test_every_short_history(figure, longest, records):
+    histories = checks = 0
+    states = 0.0
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        for length in range(1, longest + 1):
+            for chosen in itertools.product(ALPHABET, repeat=length):
+                history = [line.format(number) for number, line in enumerate(chosen)]
+                outcome = ending(Path(folder), history, RECORDS[records])
+                assert outcome.verdict is Verdict.HOLDS, (history, [*map(str, outcome.findings)], outcome.reasons)
+                histories, checks, states = histories + 1, checks + outcome.checks, states + outcome.log2_states
+    name = f"quire, all histories of up to {longest} lines, {records} records"
+    figure(name, f"{histories:,} histories, 2^{states:,.0f} crash states in {checks:,} checks")
+
+
+@st.composite
+def a_history(draw: st.DrawFn) -> list[str]:
+    """Lines that make sense one after the other."""
+    heads, snapshots = {"main": SIZE}, dict[str, int]()
+    lines = []
+    for number in range(draw(st.integers(3, 14))):
+        head = draw(st.sampled_from(sorted(heads)))
+        sector = draw(st.integers(0, heads[head] // 512 - 1))
+        count = draw(st.integers(1, min(3, heads[head] // 512 - sector)))
+        kinds = ["write", "write", "write fua", "zero", "discard", "flush", "reopen", "kill", "race"]
+        kinds += ["snapshot", "resize"]
+        if snapshots:
+            kinds += ["clone", "revert", "rename", "delete"]
+        what = draw(st.sampled_from(kinds))
+        place = f"{head} {sector * 512} {count * 512}"
+        if what in ("write", "zero", "race"):
+            lines.append(f"{what} {place}")
+        elif what == "write fua":
+            lines.append(f"write {place} fua")
+        elif what == "discard":
+            lines.append(f"discard {head} {sector // 8 * 4096} {min(4096, heads[head] - sector // 8 * 4096)}")
+        elif what in ("flush", "kill"):
+            lines.append(f"{what} {head}")
+        elif what == "reopen":
+            lines.append(what)
+        elif what == "resize":
+            heads[head] = 512 * draw(st.integers(1, 48))
+            lines.append(f"resize {head} {heads[head]}")
+        elif what == "snapshot":
+            snapshots[f"n{number}"] = heads[head]
+            lines.append(f"snapshot {head} n{number}")
+        else:
+            snapshot = draw(st.sampled_from(sorted(snapshots)))
+            if what == "clone":
+                heads[f"n{number}"] = snapshots[snapshot]
+                lines.append(f"clone {snapshot} n{number}")
+            elif what == "revert":
+                heads[head] = snapshots[snapshot]
+                lines.append(f"revert {head} {snapshot}")
+            elif what == "rename":
+                snapshots[f"n{number}"] = snapshots.pop(snapshot)
+                lines.append(f"rename {snapshot} n{number}")
+            else:
+                gone = head if len(heads) > 1 and draw(st.booleans()) else snapshot
+                heads.pop(gone, None)
+                snapshots.pop(gone, None)
+                lines.append(f"delete {gone}")
+    return lines
+
+
+def drawn(history: list[str], records: str) -> None:
+    """A sample where an epoch is too wide: no verdict then, but nothing may be broken."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        trace, judge = recorded(Path(folder), history, RECORDS[records], range(2))
+        last = epochs(Trace(trace))[-_LAST:]
+        outcome = explore_store(trace, judge, depth=0, positions=last, budget=_CHECKS)
+        assert outcome.verdict is not Verdict.BROKEN, "\n".join(map(str, outcome.findings))
+
+
+@pytest.mark.parametrize("records", RECORDS)
+def test_drawn_histories(records):
+    settings(max_examples=8)(given(a_history())(lambda history: drawn(history, records)))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("records", RECORDS)
+def test_many_drawn_histories(records):
+    settings(max_examples=400)(given(a_history())(lambda history: drawn(history, records)))()
