@@ -13,6 +13,8 @@ from powercut import probes, scoreboard
 from powercut.cli import main
 from powercut.formats.qcow2.defects import CATALOGUE, Defect
 from powercut.formats.qcow2.driver.practice import Era, Practice
+from powercut.histories import Shape, scenario
+from powercut.probes import errors
 from powercut.scoreboard import QUICK, look
 
 
@@ -33,6 +35,13 @@ def test_nothing_is_found_where_there_is_no_defect(era: Era, tmp_path: Path) -> 
         hit, tried = probes.search(method, Practice(era), seed=2, most=12, limit=20.0, scratch=tmp_path)
         assert hit is None
         assert tried
+
+
+def test_what_a_failed_write_left_may_come_back_with_a_snapshot(tmp_path: Path) -> None:
+    """The write fails in the middle; the snapshot holds a part of it, the next write covers it, and it comes back."""
+    lines = ["write 32k 128k", "snapshot create s2", "write 130560 133632", "snapshot apply s2"]
+    shape = Shape(512, (32 << 10, 128 << 10), (("cluster_size", "512"), ("lazy_refcounts", "on")))
+    assert errors.judge(scenario("qcow2", shape, lines, 1), Practice(), tmp_path) is None
 
 
 def test_the_command_prints_a_table_and_a_document(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from powercut import __version__, stamp
 from powercut.errors import InputError
@@ -117,6 +118,7 @@ class Drive:
         self._epoch = 0
         self.errors: dict[int, OSError] = {}  # what failed, by the operation's number
         self.uncertain = np.zeros(size // SECTOR, dtype=np.bool_)  # sectors that a failed request may have changed
+        self._uncertain_then: dict[str, NDArray[np.bool_]] = {}  # by snapshot
         self.image = self._open()
 
     @property
@@ -196,8 +198,10 @@ class Drive:
         match operation.verb:
             case Verb.CREATE:
                 run(snapshots.create(self.image, name), self._file)
+                self._uncertain_then[name] = self.uncertain.copy()
             case Verb.APPLY:
                 run(snapshots.apply(self.image, name), self._file)
+                self.uncertain[:] = self._uncertain_then[name]
             case Verb.DELETE:
                 run(snapshots.delete(self.image, name), self._file)
             case Verb.REOPEN:
