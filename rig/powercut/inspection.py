@@ -46,13 +46,14 @@ def inspect(path: str, format: str | None) -> Inspection:
     damaged = bool(result.problems or result.corruptions or result.check_errors or result.aborted)
     remains = _remains(path, disk) if result.header is None else None
     hidden = _hidden(path, disk) if result.leaks and not result.aborted else []
-    lines = [_text(path, result, bool(hidden)), *([] if remains is None else _remains_text(path, remains))]
-    lines += [f"  suspicion: {loss.text}" for loss in hidden]
+    suspicious = any(not loss.faint for loss in hidden)
+    lines = [_text(path, result, suspicious), *([] if remains is None else _remains_text(path, remains))]
+    lines += [f"  {'unless it crashed' if loss.faint else 'suspicion'}: {loss.text}" for loss in hidden]
     if hidden:
         lines.append(
             "  qemu-img check calls these leaks harmless; to repair them is to throw away what a rescue may find"
         )
-    document = _document(path, result, damaged or bool(hidden), remains, hidden)
+    document = _document(path, result, damaged or suspicious, remains, hidden)
     return Inspection(int(document["damaged"]), "\n".join(lines), document)
 
 
@@ -143,7 +144,7 @@ def _document(path: str, result: Check, damaged: bool, remains: Remains | None, 
         "image": path,
         "format": "qcow2",
         "damaged": damaged,
-        "summary": _word(result, bool(hidden)),
+        "summary": _word(result, any(not loss.faint for loss in hidden)),
         "corruptions": result.corruptions,
         "leaks": result.leaks,
         "leaked_clusters": _leaked(result),
@@ -155,7 +156,7 @@ def _document(path: str, result: Check, damaged: bool, remains: Remains | None, 
             for p in result.problems
         ],
         "omitted": result.omitted,
-        "suspicions": [{"kind": loss.kind, "text": loss.text} for loss in hidden],
+        "suspicions": [{"kind": one.kind, "faint": one.faint, "text": one.text} for one in hidden],
         "offset_zero": {"kind": remains.at_zero.kind, "text": remains.at_zero.text} if remains else None,
         "header_was": header_document(anatomy) if anatomy else None,
     }

@@ -8,7 +8,9 @@ in use and unreachable. Three traces of that are looked for.
   nothing in its place. Its entry is gone, and known.
 - An L2 table of zeros, beside leaked clusters that hold data.
 
-A crash can leave the same (a snapshot half deleted, a discard half done), so this is suspicion and not proof.
+A crash can leave the same (a snapshot half deleted, a discard half done), so this is suspicion and not proof. Where the
+leaked clusters of the third are the last of the file, it is hardly that: so looks any new table that a crash kept from
+being filled. Then the loss is `faint`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Loss:
     text: str
     entry: tuple[int, int, int] | None = None
     table: tuple[int, U64] | None = None
+    faint: bool = False
 
     @property
     def mended(self) -> bool:
@@ -152,7 +155,8 @@ def _empty_tables(anatomy: Anatomy, working: Layers, leaked: I64, owed: NDArray[
     if empty and data:
         tables = f"{where} is" if len(empty) == 1 else f"{len(empty):,} L2 tables are"
         text = f"{tables} all zeros, and {len(data):,} clusters of data belong to nothing: they may be what was mapped"
-        found.append(Loss("unmapped-data", text))
+        newest = max(int(batch.examined.last[batch.examined.refers].max(initial=0)) for batch in working.batches())
+        found.append(Loss("unmapped-data", text, faint=data[len(data) // 2] > newest))
     return found
 
 
