@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from powercut import sweep
+from powercut import stamp, sweep
 from powercut.cli import main
 from powercut.faults.blkdebug import Injection
 from powercut.faults.full import PLENTY, Full, tmpfs
 from powercut.faults.server import Mishap
 from powercut.guest.stubborn import Served
-from powercut.injection import Case, Rig
+from powercut.injection import Case, Fault, Rig, Target
 from powercut.scenario import load
 from powercut.trace import Kind
-from powercut.verdict import Verdict
+from powercut.verdict import Severity, Verdict
 from support.qemu import needs_qemu
 
 pytestmark = needs_qemu
@@ -160,6 +160,17 @@ def test_a_server_whose_requests_fail(rig):
     first = rig.run(Case(history, Mishap(1, "EIO")))
     assert (first.seen.errors, first.seen.repeated, first.faults) == (1, 1, [])
     assert rig.run(Case(history, Mishap(1, "ENOSPC", None))).seen.given_up == [1, 2, 4, 5]
+
+
+def test_lost_data_that_is_still_in_the_file_is_found_there(tmp_path):
+    """What no table leads to: here an image that never held a byte, and a file with the sector in it."""
+    with Rig(Target("qcow2", 1 << 20)) as qcow2:
+        missing = Fault("acknowledged", "reopened-zeros", Severity.SILENT, "", (3, 5))
+        kept = tmp_path / "kept"
+        kept.write_bytes(bytes(4096) + stamp.make(3, 0, 5, 1))
+        assert qcow2.lies_at(kept, missing) == 4096
+        assert qcow2.lies_at(kept, missing._replace(missing=(3, 6))) is None
+        assert qcow2.lies_at(kept, missing._replace(missing=None)) is None
 
 
 def test_a_disk_that_is_larger_than_one_request():

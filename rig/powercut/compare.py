@@ -82,8 +82,8 @@ def about(qemu: str) -> str:
             said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_PATIENCE).stdout
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EnvironmentFault(f"{path}: does not state its version: {error}") from None
-        version = re.search(r"version (\S+)", said)
-        versions.append(version[1] if version else "unknown")
+        version = re.search(r"[0-9]+(?:\.[0-9]+)+", said)
+        versions.append(version[0] if version else "unknown")
     return f"{'/'.join(dict.fromkeys(versions))} ({', '.join(found)})"
 
 

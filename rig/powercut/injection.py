@@ -95,12 +95,14 @@ class Case(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What was wrong. `kind` is a word for the machine, `text` a sentence."""
+    """What was wrong. `kind` is a word for the machine, `text` a sentence. `missing`: what a sector should hold and
+    does not, as the operation that wrote it and the sector; only if one operation alone may be there."""
 
     rule: str  # opens, structure, acknowledged, alive
     kind: str
     severity: Severity
     text: str
+    missing: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -290,6 +292,14 @@ class Rig:
             return "qemu-img convert" if not done.returncode and first_wrong(out.read_bytes(), 0, ran.legal) else ""
         return ""
 
+    def lies_at(self, kept: Path, fault: Fault) -> int | None:
+        """The byte of a kept image at which a sector lies that is missing from the disk: nothing leads there."""
+        if fault.missing is None or self.target.format == "raw":
+            return None
+        op, sector = fault.missing
+        at = kept.read_bytes().find(stamp.make(op, 0, sector, 1))
+        return at if at >= 0 else None
+
     def after(self, path: Path) -> After:
         """What QEMU makes of an image when nothing fails any more; asked once for equal images. May repair it."""
         digest = xxhash.xxh3_128_digest(path.read_bytes())
@@ -369,7 +379,9 @@ def _content(where: str, wrong: Wrong, history: tuple[Operation, ...], severity:
     found = _word(wrong.op, history) + (f" for sector {wrong.of}" if wrong.kind == "foreign" else "")
     legal = " or ".join(_word(op, history) for op in sorted(wrong.legal))
     text = f"{where}: guest sector {wrong.sector} holds {found}; legal: {legal}"
-    return Fault("acknowledged", f"{where}-{wrong.kind}", severity, text)
+    only = min(wrong.legal) if len(wrong.legal) == 1 else ZERO
+    missing = (only, wrong.sector) if only != ZERO else None
+    return Fault("acknowledged", f"{where}-{wrong.kind}", severity, text, missing)
 
 
 def _word(op: int, history: tuple[Operation, ...]) -> str:

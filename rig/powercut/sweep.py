@@ -48,8 +48,9 @@ Way = tuple[str, str, str, str]  # rule, kind, error, once or good
 
 @dataclass(slots=True)
 class Found:
-    """One way in which things went wrong. `points`: all injections that showed it; `case`: the shortest found, in which
-    `ran` shows `fault` (`confirmed` times of CONFIRM), as does `witness`, another reader ("": none)."""
+    """One way in which things went wrong. `points`: all injections that showed it; `case`: the shortest found, in
+    which `ran` shows `fault` (`confirmed` times of CONFIRM), as does `witness`, another reader ("": none). `lies_at`:
+    where in the image's file the data is that the disk has lost, if it is there."""
 
     way: Way
     points: list[str]
@@ -58,6 +59,7 @@ class Found:
     fault: Fault
     confirmed: int
     witness: str
+    lies_at: int | None
     of: int = CONFIRM
 
     @property
@@ -263,8 +265,9 @@ def _found(rig: Rig, way: Way, seen: list[tuple[Case, Fault]]) -> Found:
         if fault is not None:
             confirmed, best = confirmed + 1, (ran, fault)
     ran, fault = best or (Ran(), seen[0][1])
-    witness = rig.agrees(kept, ran, fault) if best and kept.exists() else ""
-    return Found(way, [str(case.failure) for case, _ in seen if case.failure], case, ran, fault, confirmed, witness)
+    points = [str(case.failure) for case, _ in seen if case.failure]
+    witness, lies_at = (rig.agrees(kept, ran, fault), rig.lies_at(kept, fault)) if best else ("", None)
+    return Found(way, points, case, ran, fault, confirmed, witness, lies_at)
 
 
 def shrink(rig: Rig, case: Case, way: Way, severity: Severity) -> Case:

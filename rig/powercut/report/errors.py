@@ -40,6 +40,8 @@ def text(result: Any, saved: list[Path]) -> str:
         lines += ["", f"  {found.fault.severity.label} ({found.way[0]}): {found.fault.text}"]
         lines.append(f"    {_lasting(found.way)}, {count(len(found.points) or 1, 'run')}: at {shown}{more}")
         lines += [f"    {line}" for line in story(found)]
+        if found.lies_at is not None:
+            lines.append(f"    its data is in the file, at {found.lies_at:#x}, and nothing leads there")
         witness = f"; {found.witness} agrees" if found.witness else ""
         lines.append(f"    powercut gate {path}  # BROKEN in {found.confirmed} of {found.of} runs{witness}")
     return "\n".join(lines)
@@ -105,6 +107,7 @@ def one(result: Any, saved: list[Path]) -> dict[str, Any]:
                 "confirmed": found.confirmed,
                 "of": found.of,
                 "witness": found.witness,
+                "lies_at": found.lies_at,
                 "scenario": str(path) if path else None,
             }
             for found, path in zip_longest(result.found, saved)
