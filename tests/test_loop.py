@@ -22,6 +22,7 @@ from powercut.cli import main
 from powercut.cycle import Lane
 from powercut.endings import Running
 from powercut.errors import Crashed, EnvironmentFault
+from powercut.guest.images import Image
 from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch
 from powercut.loop import Loops
@@ -114,6 +115,33 @@ def test_control_a_snapshot_that_is_not_loaded_is_noticed(
     outcome = Loops(scenario(ending="loadvm-quit"), accelerator="tcg").run(loops=1, save=tmp_path)
     planted("loop: loadvm did nothing", outcome.word == "BROKEN")
     assert outcome.word == "BROKEN"
+
+
+def test_control_a_snapshot_of_another_moment_is_noticed(
+    tmp_path: Path, planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The active layer is right, and the snapshot is not: it was taken before the guest wrote."""
+    hardware()
+    saves = endings.find("savevm-quit")
+
+    def end(running: Running) -> None:
+        saves.end(running)
+        path = running.images[0].path
+        for words in (["-d", "loop"], ["-c", "now"], ["-a", "empty"], ["-c", "loop"], ["-a", "now"]):
+            subprocess.run(["qemu-img", "snapshot", *words, path], check=True, timeout=60)
+
+    def first(self: Image, options: dict[str, str]) -> None:
+        create(self, options)
+        subprocess.run(["qemu-img", "snapshot", "-c", "empty", self.path], check=True, timeout=60)
+
+    create = Image.create
+    monkeypatch.setattr(Image, "create", first)
+    monkeypatch.setattr(endings, "find", lambda name: replace(saves, end=end))
+    outcome = Loops(scenario(ending="savevm-quit"), accelerator="tcg").run(loops=1, save=tmp_path)
+    texts = [problem.text for failure in outcome.failures for problem in failure.cycled.problems]
+    found = bool(texts) and all(text.startswith("snapshot loop: guest sector") for text in texts)
+    planted("loop: a snapshot of another moment", found)
+    assert found, texts
 
 
 def replace_backing(described: Scenario) -> Scenario:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -50,15 +51,28 @@ def examine(image: Image, before: Bytes | None, ending: Ending, ledger: Ledger |
         problems += _qcow2(check(ImageDisk(image.path), trust_dirty=not ending.leaks), ending)
     elif image.format in CHECKED_BY_QEMU:
         problems += _by_qemu(image, ending)
-    if ledger is not None and not any(problem.severity >= Severity.UNOPENABLE for problem in problems):
-        try:
-            held = image.held()
-        except EnvironmentFault as fault:
-            if os.strerror(errno.ENOSPC) in str(fault):
-                raise
-            return [*problems, Problem("opens", "refused", 0, Severity.UNOPENABLE, str(fault))]
-        problems += ledger.judge(held, ending.keeps)
-        ledger.settle(held)
+    if ledger is not None and not _unreadable(problems):
+        problems += content(image, ledger, ending)
+    return problems
+
+
+def _unreadable(problems: list[Problem]) -> bool:
+    return any(problem.severity >= Severity.UNOPENABLE for problem in problems)
+
+
+def content(image: Image, ledger: Ledger, ending: Ending, snapshot: str | None = None) -> list[Problem]:
+    """What is wrong with what the guest would read, or would have read when a snapshot was taken; the ledger is
+    settled. Raises EnvironmentFault if the disk is full."""
+    try:
+        held = image.held(snapshot)
+    except EnvironmentFault as fault:
+        if os.strerror(errno.ENOSPC) in str(fault):
+            raise
+        return [Problem("opens", "refused", 0, Severity.UNOPENABLE, str(fault))]
+    problems = ledger.judge(held, ending.keeps)
+    ledger.settle(held)
+    if snapshot is not None:
+        return [replace(problem, text=f"snapshot {snapshot}: {problem.text}") for problem in problems]
     return problems
 
 

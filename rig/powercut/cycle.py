@@ -188,6 +188,9 @@ class Lane:
             cycled.problems += aftermath.examine(image, before, self.ending, ledger)
         for image in running.others:
             cycled.problems += aftermath.examine(image, None, self.ending, None)
+        for name, ledgers in running.snapshots.items() if not cycled.problems else ():
+            for image, ledger in zip(running.images, ledgers, strict=True):
+                cycled.problems += aftermath.content(image, ledger, self.ending, name)
         if running.images != self.images:
             self._ledgers = []  # the next loop begins with new images
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from powercut.errors import InputError
 from powercut.guest.images import Image
-from powercut.guest.ledger import Keeps
+from powercut.guest.ledger import Keeps, Ledger
 from powercut.guest.machine import Machine
 from powercut.guest.writing import Writing
 
@@ -43,8 +43,9 @@ ENDINGS: Final = (
 @dataclass(frozen=True, slots=True)
 class Running:
     """A machine in the middle of its work. Block node `disk0` is the first of `images`, and so on; an ending that puts
-    another image on top puts it here, too, and those that must be sound besides into `others`. `writing` is None
-    where the guest has no agent. `number` is the loop's; `random` is its own."""
+    another image on top puts it here, too, those that must be sound besides into `others`, and what snapshots must
+    hold into `snapshots`. `writing` is None where nothing is written to disks themselves. `number` is the loop's;
+    `random` is its own."""
 
     machine: Machine
     images: list[Image]
@@ -52,6 +53,7 @@ class Running:
     random: random.Random
     number: int = 0
     others: list[Image] = field(default_factory=list)
+    snapshots: dict[str, list[Ledger]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from powercut.endings import Running
+from powercut.endings.savevm_quit import PATIENCE, note
 from powercut.errors import EnvironmentFault
 from powercut.guest.ledger import Keeps
 
 KEEPS = Keeps.COMPLETED
 HEADER = True
-PATIENCE = 300.0  # seconds: all of the guest's memory is written
 _NAME = "loop"
 
 
@@ -28,6 +28,7 @@ def end(running: Running) -> None:
     known = [each.get("image", {}).get("snapshots", []) for each in running.machine.ask("query-named-block-nodes")]
     if any(snapshot["name"] == _NAME for snapshots in known for snapshot in snapshots):
         _run_job(running, "snapshot-delete", devices=nodes)
+    note(running, _NAME)
     _run_job(running, "snapshot-save", vmstate=nodes[0], devices=nodes)
     running.machine.ask("quit")
     running.machine.wait_end()

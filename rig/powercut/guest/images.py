@@ -78,19 +78,22 @@ class Image:
         """Write what its backing file holds to `raw`."""
         convert(self.base, self.backing_format, raw, "raw")
 
-    def held(self, qemu_img: str | None = None) -> NDArray[np.int64]:
-        """By sector, which operation's stamp the guest would read (`powercut.guest.ledger.read`)."""
+    def held(self, snapshot: str | None = None) -> NDArray[np.int64]:
+        """By sector, which operation's stamp the guest would read (`powercut.guest.ledger.read`), or would have read
+        when an internal snapshot was taken."""
         raw = self.path.with_name(f"{self.path.name}.raw")
         try:
-            convert(self.path, self.format, raw, "raw", qemu_img)
+            convert(self.path, self.format, raw, "raw", snapshot)
             return ledger.read(raw, self.size // SECTOR)
         finally:
             raw.unlink(missing_ok=True)
 
 
-def convert(source: Path, source_format: str, target: Path, format: str, qemu_img: str | None = None) -> None:
-    """Run `qemu-img convert`. Raises EnvironmentFault with what it said."""
-    command = [qemu_img or tool("qemu-img"), "convert", "-f", source_format, "-O", format, str(source), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+def convert(source: Path, source_format: str, target: Path, format: str, snapshot: str | None = None) -> None:
+    """Run `qemu-img convert`, of an internal snapshot if one is named. Raises EnvironmentFault with what it said."""
+    command = [tool("qemu-img"), "convert", "-f", source_format, "-O", format]
+    if snapshot is not None:
+        command += ["-l", f"snapshot.name={snapshot}"]
+    done = subprocess.run([*command, str(source), str(target)], capture_output=True, text=True, timeout=_PATIENCE)
     if done.returncode:
         raise EnvironmentFault(f"qemu-img convert: {done.stderr.strip()}")
