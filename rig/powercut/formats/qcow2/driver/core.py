@@ -97,8 +97,6 @@ class Core:
 
     async def flush(self) -> None:
         """Everything that was done is on disk; then clusters that were given up are free."""
-        if not self.lazy and not self.tables.dirty:
-            await self.refcounts.write()
         await self.tables.write()
         if not self.lazy:
             await self.refcounts.write()
@@ -149,7 +147,8 @@ class Core:
 
     @asynccontextmanager
     async def rebuilding(self) -> AsyncIterator[None]:
-        """Refcounts and copied flags change all over the image. With version 2 nothing can say so."""
+        """Refcounts and copied flags change all over the image, which stays dirty if that fails. With version 2 nothing
+        can say so."""
         await self.flush()
         await self.set_dirty(True)
         yield

@@ -8,6 +8,7 @@ clusters are put into the L2 table (under the lock). Another request for the sam
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -162,7 +163,8 @@ class Image(Mapping):
     async def _allocate(self, cluster: int, count: int) -> Allocation:
         await self.will_allocate()
         allocation = Allocation(cluster, count, await self.refcounts.allocate(count << self.bits))
-        self.check_offset(allocation.offset)
+        if allocation.offset == 0:  # to data, that always meant that the allocation failed
+            raise OSError(errno.EIO, "data was allocated at offset 0")
         self._allocating.append(allocation)
         return allocation
 

@@ -5,7 +5,6 @@ Source: block/qcow2-cluster.c (get_cluster_table, l2_allocate, count_contiguous_
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,8 +153,3 @@ class Mapping(Core):
                 break
             count += 1
         return count
-
-    def check_offset(self, offset: int) -> None:
-        """Data at offset 0 means that the allocation failed. Raises OSError."""
-        if offset == 0:
-            raise OSError(errno.EIO, "data was allocated at offset 0")
