@@ -201,9 +201,13 @@ def test_a_full_disk_under_the_trace_keeps_what_was_recorded(folder):
 def test_an_interrupted_program_leaves_a_trace(folder):
     """Ctrl-C reaches the program and us: what it did until then is kept."""
     path = folder.parent / "t"
-    program = (
-        f"import time; open({str(folder / 'x')!r}, 'wb').write(b'x' * 512); print('ready', flush=True); time.sleep(60)"
-    )
+    program = f"""
+import time
+open({str(folder / "x")!r}, "wb").write(b"x" * 512)
+print("ready", flush=True)
+for _ in range(600):
+    time.sleep(0.1)  # a signal just before it is not missed for long
+"""
     command = [sys.executable, "-m", "powercut.cli", "capture", "--out", str(path), "--dir", str(folder), "--"]
     with subprocess.Popen(
         [*command, sys.executable, "-c", program],
