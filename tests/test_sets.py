@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -223,6 +226,43 @@ def test_a_checker_that_repairs_is_explored_inside_its_repair(work, planted):
         if not safely:
             planted("a repair in place", verdict is expected)
         assert verdict is expected
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interruption_keeps_what_was_found(work, jobs):
+    """Ctrl-C while the first states are judged, by one process or two."""
+    script, log = work.folder.parent / "slow.py", work.folder.parent / "log"
+    script.write_text(f"import time; open({str(log)!r}, 'a').write('x'); time.sleep(0.5)")
+    work.program("".join(f"open('f{i}', 'w'); os.fsync(os.open('f{i}', os.O_RDWR))\n" for i in range(20)))
+    save = str(work.folder.parent / "f")
+    options = ["--checker", f"{sys.executable} {script} {{dir}}", "--jobs", jobs, "--save", save]
+    command = [sys.executable, "-m", "powercut.cli", "explore", work.trace, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
+        for _ in range(600):
+            if log.exists():
+                break
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == 3, said
+    assert "UNKNOWN" in said
+    assert "because  interrupted" in said
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "the checker ended with signal 9"),
+        ("raise SystemExit(42)", "the checker ended with exit code 42"),
+    ],
+)
+def test_a_checker_that_fails_has_no_opinion(work, program, reason):
+    script = work.folder.parent / "fails.py"
+    script.write_text(program)
+    work.program("open('a', 'w')")
+    code, said, _ = work.explore("--checker", f"{sys.executable} {script} {{dir}}")
+    assert (code, said["verdict"]) == (3, "UNKNOWN")
+    assert any(reason in why for why in said["reasons"])
 
 
 @pytest.mark.parametrize("expect", ["HOLDS", "BROKEN"])

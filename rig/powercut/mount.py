@@ -228,6 +228,16 @@ def _operations(mount: Mount) -> Any:
     return Adapter()
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: nothing is left mounted by it. Threads that are begun here never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 Calls = Callable[..., Any]  # (name of a method of Served, arguments) -> its result
 
 
@@ -248,6 +258,11 @@ class Mount:
             ) from None
         if not os.path.exists("/dev/fuse"):
             raise EnvironmentFault("a checker of several files needs FUSE, and /dev/fuse is not there")
+        with _uninterrupted():
+            self._begin(mfusepy)
+        return self
+
+    def _begin(self, mfusepy: Any) -> None:
         self.path = tempfile.mkdtemp(prefix="powercut-state-")
         device = os.stat(self.path).st_dev
         signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -265,16 +280,16 @@ class Mount:
         if threading.current_thread() is threading.main_thread():
             for number, handler in signals.items():
                 signal.signal(number, handler)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        helper = ["umount"] if os.geteuid() == 0 else [shutil.which("fusermount3") or "fusermount", "-u"]
-        subprocess.run([*helper, self.path], capture_output=True, check=False)
-        self._thread.join(_PATIENCE)
-        with contextlib.suppress(OSError):
-            os.rmdir(self.path)
+        with _uninterrupted():
+            helper = ["umount", "-l"] if os.geteuid() == 0 else [shutil.which("fusermount3") or "fusermount", "-uz"]
+            subprocess.run([*helper, self.path], capture_output=True, check=False)
+            self._thread.join(_PATIENCE)
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)
 
     def _serve(self, mfusepy: Any) -> None:
         options = {

@@ -136,6 +136,7 @@ def explore_set(
             budget=share,
             positions=positions,
             jobs=min(jobs or os.cpu_count() or 1, len(positions)),
+            progress=progress,
         )
     reasons = found.reasons + judge.reasons
     reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]

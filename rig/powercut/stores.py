@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.store import RecordingStore
 from powercut.crash.explore import ENOUGH, MORE, SPENT, Unjudged
 from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, tell
@@ -32,6 +34,7 @@ from powercut.verdict import Problem, Verdict
 from quire.store import File, Store
 
 DEFAULT = Options()
+INTERRUPTED = "interrupted"
 # Thousands of recoveries are recorded and forgotten: in memory, where there is a place for it.
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _CONTENT = [*CHANGES, Kind.TRUNCATE]
@@ -181,6 +184,8 @@ class _Epoch:
             pass
         except BudgetSpent:
             result.reasons.append(SPENT)
+        except KeyboardInterrupt:
+            result.reasons.append(INTERRUPTED)
         except (Nondeterministic, Unjudged) as error:
             result.reasons.append(str(error))
         result.checks = self.search.checks
@@ -246,23 +251,39 @@ def explore_store(
     budget: int | None = None,
     positions: Sequence[int] | None = None,
     jobs: int = 1,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> StoreOutcome:
     """Run `judge` on every crash state of the store recorded in `trace`, at the end of each epoch, or at `positions`.
 
-    `budget` bounds the checks of one epoch. Processes are forked, so `judge` may be anything.
+    `budget` bounds the checks of one epoch. Processes are forked, so `judge` may be anything. `progress` is told the
+    epochs done, and all. Ctrl-C ends the search: what was found until then is the outcome, and it says so.
     Raises InputError if the trace cannot be used."""
     ends = list(positions) if positions is not None else epochs(Trace(trace))
 
-    def walk(part: Iterable[int]) -> StoreOutcome:
+    done = multiprocessing.get_context("fork").Value("l")
+
+    def walk(part: Sequence[int]) -> StoreOutcome:
         recording = Trace(trace)
         recording.verify()
         files = FileSet(recording, options)
         outcome = StoreOutcome()
         entered = judge if isinstance(judge, AbstractContextManager) else nullcontext()
-        with entered, tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
-            for position in part:
-                files.advance(position)
-                outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))
+        looked = 0
+        try:
+            with entered, tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
+                for position in part:
+                    files.advance(position)
+                    outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))
+                    looked += 1
+                    if INTERRUPTED in outcome.reasons:
+                        break
+                    with done:
+                        done.value += 1
+                    if jobs == 1:
+                        progress(done.value, len(ends))
+        except KeyboardInterrupt:
+            outcome.reasons.append(INTERRUPTED)
+        outcome.epochs += len(part) - looked
         return outcome
 
     if jobs == 1 or len(ends) < 2:
@@ -271,14 +292,26 @@ def explore_store(
     _forked = walk
     outcome = StoreOutcome()
     # Dealt out in turn: neighbouring epochs take about as long.
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        for part in pool.map(_walk, [ends[i::jobs] for i in range(jobs)]):
-            outcome.add(part)
+    with (
+        interruptions_are_its_own(),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), signal.signal, _IGNORE) as pool,
+    ):
+        futures = {pool.submit(_walk, ends[i::jobs]) for i in range(jobs)}
+        while futures:
+            ended, futures = wait(futures, timeout=0.2)
+            for future in ended:
+                outcome.add(future.result())
+            progress(done.value, len(ends))
     return outcome
 
 
-_forked: Callable[[Iterable[int]], StoreOutcome]
+_forked: Callable[[Sequence[int]], StoreOutcome]
+_IGNORE = (signal.SIGINT, signal.SIG_IGN)  # where there is nothing to interrupt
 
 
-def _walk(part: Iterable[int]) -> StoreOutcome:
-    return _forked(part)
+def _walk(part: Sequence[int]) -> StoreOutcome:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _forked(part)
+    finally:
+        signal.signal(*_IGNORE)

@@ -164,9 +164,11 @@ def _several(plan: SetPlan, budget: int | None, jobs: int | None, save: Path | N
     from powercut import sets
     from powercut.report import document, outcome
     from powercut.report import sets as report
+    from powercut.report.text import progress
 
     begin = time.monotonic()
-    result = sets.explore_set(plan, budget=budget, jobs=jobs)
+    with progress("exploring") as show:
+        result = sets.explore_set(plan, budget=budget, jobs=jobs, progress=show)
     saved = outcome.save(result.findings, save or Path(f"{plan.trace}.findings"))
     if json_path != "-":
         click.echo(report.text(result, saved, time.monotonic() - begin))
