@@ -206,6 +206,29 @@ def test_nothing_outlives_a_killed_exploration(trace, tmp_path):
     assert not progress.exists()
 
 
+@pytest.mark.parametrize("after", [0.0, 1.0], ids=["while they start", "at work"])
+def test_ctrl_c_ends_the_workers_too_and_is_no_traceback(trace, tmp_path, after):
+    """A terminal sends it to all processes of the command."""
+    slow = checker(tmp_path, f"open({str(tmp_path / 'running')!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(30)")
+    command = [sys.executable, "-m", "powercut.cli", "explore", str(trace), "--checker", slow, "--jobs", "2"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    deadline = time.monotonic() + 180
+    while len(workers := children(process.pid)) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, out + err
+    assert "interrupted after" in out
+    assert err == ""
+    running = tmp_path / "running"
+    programs = [int(pid) for pid in running.read_text().split()] if running.exists() else []
+    assert not [pid for pid in workers + programs if alive(pid)]
+
+
 def children(pid: int) -> list[int]:
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in found]

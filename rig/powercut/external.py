@@ -101,6 +101,8 @@ class External:
             raise EnvironmentFault(f"checker {self._words[0]!r} was not found")
         if not any("{}" in word or "{dir}" in word for word in self._words):
             self._words.append("{}")
+        setpriv = shutil.which("setpriv")
+        self._with_parent = [setpriv, "--pdeathsig", "KILL"] if setpriv else []  # no program outlives who runs it
         self._depth = depth
         self._own = own
         self._options = replace(options, atom=SECTOR, lying=0)
@@ -119,6 +121,7 @@ class External:
 
         Raises Unjudged if it has no opinion."""
         words = [word.replace("{}", image).replace("{dir}", directory or "") for word in self._words]
+        words = [*self._with_parent, *words]
         try:
             done = subprocess.run(
                 words,

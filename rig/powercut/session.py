@@ -96,7 +96,7 @@ class Session:
                     ]
                     yield result
             return
-        before = 0
+        before = self._external.runs if self._external is not None else 0
         for result in explore(self.image, self.promise, self.judge, tasks, sets=self.plan.sets, seed=self.plan.seed):
             if self._external is not None:
                 result.runs, before = self._external.runs - before, self._external.runs

@@ -133,15 +133,38 @@ class Processes(Pool):
         self._others = set(multiprocessing.active_children())
         super().__init__(lambda: ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare))
 
+    def _submit(self, plan: Plan, portions: list[list[Task]]) -> dict[Future[list[EpochResult]], list[Task]]:
+        with _interrupted_later():
+            return super()._submit(plan, portions)
+
     def abandon(self) -> None:
         for process in set(multiprocessing.active_children()) - self._others:
             process.terminate()
         super().abandon()
 
 
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C waits until the processes that are started meanwhile are on their way. They inherit that they are deaf to
+    it, until they can ignore it themselves."""
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def prepare() -> None:
     """In a new worker process: leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
