@@ -7,8 +7,9 @@ import pytest
 from powercut import sweep
 from powercut.faults.blkdebug import Injection
 from powercut.guest.workload import Operation
-from powercut.injection import Case, Target
+from powercut.injection import Case
 from powercut.powered import PoweredRig
+from powercut.target import Target
 from powercut.trace import Kind
 from powercut.verdict import Verdict
 from support.guests import hardware

@@ -20,8 +20,10 @@ from powercut.faults.blkdebug import Injection
 from powercut.faults.full import PLENTY, Full, tmpfs
 from powercut.faults.server import Mishap
 from powercut.guest.stubborn import Served
-from powercut.injection import Case, Fault, Rig, Target
+from powercut.injection import Case, Rig
+from powercut.reopened import Fault
 from powercut.scenario import load
+from powercut.target import Target
 from powercut.trace import Kind
 from powercut.verdict import Severity, Verdict
 from support.qemu import needs_qemu
@@ -168,9 +170,17 @@ def test_lost_data_that_is_still_in_the_file_is_found_there(tmp_path):
         missing = Fault("acknowledged", "reopened-zeros", Severity.SILENT, "", (3, 5))
         kept = tmp_path / "kept"
         kept.write_bytes(bytes(4096) + stamp.make(3, 0, 5, 1))
-        assert qcow2.lies_at(kept, missing) == 4096
-        assert qcow2.lies_at(kept, missing._replace(missing=(3, 6))) is None
-        assert qcow2.lies_at(kept, missing._replace(missing=None)) is None
+        assert qcow2.reopened.lies_at(kept, missing) == 4096
+        assert qcow2.reopened.lies_at(kept, missing._replace(missing=(3, 6))) is None
+        assert qcow2.reopened.lies_at(kept, missing._replace(missing=None)) is None
+
+
+def test_a_disk_that_has_become_smaller_is_found(rig, planted):
+    short = rig.scratch / "short"
+    short.write_bytes(bytes(rig.target.size // 2))
+    after = rig.reopened.look(short)
+    planted("errors: the disk has become smaller", after.content is None)
+    assert after.refused == f"the disk has {rig.target.size // 2} bytes only"
 
 
 def test_a_disk_that_is_larger_than_one_request():

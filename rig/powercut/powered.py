@@ -24,7 +24,9 @@ from powercut.guest.kernel import kernel
 from powercut.guest.machine import Machine
 from powercut.guest.stubborn import TRIES, Stubborn
 from powercut.guest.workload import Operation
-from powercut.injection import Fault, Ran, Rig, Target, parts
+from powercut.injection import Ran, Rig, parts
+from powercut.reopened import Fault
+from powercut.target import Target
 from powercut.trace import Kind
 from powercut.verdict import Severity
 
@@ -96,7 +98,7 @@ class PoweredRig(Rig):
             number += len(part) + 1
 
     def _live(self, armed: Armed, part: tuple[Operation, ...], first: int, ran: Ran, expectation: Expectation) -> None:
-        disk = Disk(self.node(armed.node), self.target.size, errors=self._werror)
+        disk = Disk(self.target.node(armed.node), self.target.size, errors=self._werror)
         home = self.scratch / "machine"
         home.mkdir(exist_ok=True)
         machine = None

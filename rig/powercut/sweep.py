@@ -26,10 +26,12 @@ from powercut.faults.server import WORDS, Mishap
 from powercut.guest.daemon import version
 from powercut.guest.workload import Operation, Verb
 from powercut.histories import toml
-from powercut.injection import LAYOUTS, Case, Fault, Ran, Rig, Target, cluster, told
+from powercut.injection import Case, Ran, Rig
 from powercut.operations import operations
 from powercut.powered import PoweredRig
+from powercut.reopened import Fault, told
 from powercut.scenario import Errors, Scenario, Workload, from_options, parse_size, size_text
+from powercut.target import LAYOUTS, Target, cluster
 from powercut.verdict import Severity, Verdict
 from powercut.workers import prepare
 
@@ -266,7 +268,9 @@ def _found(rig: Rig, way: Way, seen: list[tuple[Case, Fault]]) -> Found:
             confirmed, best = confirmed + 1, (ran, fault)
     ran, fault = best or (Ran(), seen[0][1])
     points = [str(case.failure) for case, _ in seen if case.failure]
-    witness, lies_at = (rig.agrees(kept, ran, fault), rig.lies_at(kept, fault)) if best else ("", None)
+    witness, lies_at = (
+        (rig.reopened.agrees(kept, ran.legal, fault), rig.reopened.lies_at(kept, fault)) if best else ("", None)
+    )
     return Found(way, points, case, ran, fault, confirmed, witness, lies_at)
 
 
