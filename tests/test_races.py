@@ -129,3 +129,30 @@ def test_a_request_that_is_held_while_another_is_waited_for_is_no_hang():
         ran = rig.run(Case("fresh", history), lambda label: 9)
     assert not ran.faults
     assert sum(at.label.operation == 1 for at in ran.arrivals) > 1
+
+
+def test_an_image_that_cannot_be_made_is_no_finding(tmp_path):
+    command = ["races", "qcow2", "--option", "colour=red", "--save", str(tmp_path / "found")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2, result.output
+    assert "colour" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"history": ["jump 0 512"]}, "jump"),
+        ({"history": ["write 0 100"]}, "whole sectors"),
+        ({"history": ["snapshot delete x"]}, "cannot be made or deleted"),
+        ({"start": "hot"}, "'hot' is not one of"),
+        ({"schema": "powercut.race/9"}, "powercut.race/9"),
+    ],
+)
+def test_bad_bundles_are_refused(tmp_path, change, says):
+    good = {"powercut": "0", "qemu": "0", "format": "qcow2", "options": {}, "start": "fresh", "history": ["flush"]}
+    good |= {"schema": "powercut.race/1", "holds": [], "kind": "k", "faults": [], "seen": 1, "of": 1}
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(good | change))
+    result = CliRunner().invoke(main, ["races", "--replay", str(file)])
+    assert result.exit_code == 2, result.output
+    assert says in result.output

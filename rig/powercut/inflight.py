@@ -263,13 +263,15 @@ class Rig:
         guest.write(offset, stamp.make(0, 0, offset // SECTOR, length // SECTOR))
 
     def run(self, case: Case, choose: Choice | None = None) -> Ran:
-        """Run a case once. `choose` decides what is held instead of the case."""
+        """Run a case once. `choose` decides what is held instead of the case.
+
+        Raises EnvironmentFault if there cannot be such an image."""
         if (case.start, case.history) != self._case:
             self._case = (case.start, case.history)
             self._read.clear()
         ran = Ran()
+        self._image.load(self._begin(case.start))
         try:
-            self._image.load(self._begin(case.start))
             guest = self._daemon().open(self._node(case.start))
             if case.start == "warm":
                 self._fill(guest, self.plan.spare, self.plan.cluster)

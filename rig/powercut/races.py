@@ -328,6 +328,10 @@ def replay(path: Path, tries: int, out: Path | None = None) -> tuple[Bundle, int
     """Run the case of a bundle `tries` times: in how many of them its fault was seen again, and what QEMU's own tools
     say of the image then; that is written to `out`. Raises InputError."""
     bundle = load(path)
+    try:
+        history = tuple(map(parse, bundle.history))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     plan = checked(
         Plan(
             bundle.format,
@@ -338,7 +342,7 @@ def replay(path: Path, tries: int, out: Path | None = None) -> tuple[Bundle, int
         )
     )
     holds = tuple((Label(hold.operation, hold.request), hold.until) for hold in bundle.holds)
-    case = Case(bundle.start, tuple(map(parse, bundle.history)), holds)
+    case = Case(bundle.start, history, holds)
     for operation in case.history:
         if (operation.offset | operation.length) % 512 or operation.offset + operation.length > plan.size:
             raise InputError(f"{path}: {operation}: not a range of whole sectors within {plan.size} bytes")
