@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from powercut.stores import explore_store
 from powercut.verdict import Verdict
-from support.quires import HISTORIES, RECORDS, explored
+from support.quires import HISTORIES, RECORDS, after, explored, recorded
 
 
 def told(outcome):
@@ -24,4 +25,13 @@ def test_every_promise_holds(tmp_path, figure, name, records):
 def test_a_crash_inside_the_recovery(tmp_path, figure, records):
     outcome = explored(tmp_path, ["write main 0 512", "flush main"], RECORDS[records], depth=1)
     figure(f"quire, a crash inside the recovery, {records} records", told(outcome))
+    assert outcome.verdict is Verdict.HOLDS, [*map(str, outcome.findings), *outcome.reasons]
+
+
+@pytest.mark.slow
+def test_a_crash_inside_the_recovery_from_a_crash_inside_a_recovery(tmp_path, figure):
+    history = ["write main 0 512 fua"]
+    trace, judge = recorded(tmp_path, history, RECORDS["C"], range(2))
+    outcome = explore_store(trace, judge, depth=2, positions=after(trace, line=-1))
+    figure("quire, two levels of recovery, C records", told(outcome))
     assert outcome.verdict is Verdict.HOLDS, [*map(str, outcome.findings), *outcome.reasons]

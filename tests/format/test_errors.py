@@ -25,10 +25,11 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "error", "records"), CASES)
 def test_an_error_at_every_call(tmp_path, figure, name, error, records):
-    struck = checks = 0
+    struck = checks = exhausted = 0
     for call, outcome in with_errors(tmp_path, ERRORS[name], RECORDS[records], error):
         struck, checks = struck + 1, checks + outcome.checks
-        assert outcome.verdict is Verdict.HOLDS, (struck, call, [*map(str, outcome.findings)], outcome.reasons)
+        exhausted += outcome.verdict is Verdict.HOLDS
+        assert outcome.verdict is not Verdict.BROKEN, (struck, call, [*map(str, outcome.findings)])
     assert struck > 10
     what = f"quire, {errno.errorcode[error]} at every call, {name}, {records} records"
-    figure(what, f"{struck} calls, {checks} checks")
+    figure(what, f"{struck} calls, {exhausted} exhausted, {checks} checks")

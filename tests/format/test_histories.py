@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from powercut.crash.model import epochs
 from powercut.stores import StoreOutcome, explore_store
-from powercut.trace import Kind, Trace
+from powercut.trace import Trace
 from powercut.verdict import Verdict
-from support.quires import RECORDS, SIZE, recorded
+from support.quires import RECORDS, SIZE, after, recorded
 
 ALPHABET = (
     "write main 0 512",
@@ -34,10 +34,7 @@ def ending(folder: Path, history: list[str], features: int) -> StoreOutcome:
     """What a crash in the last line of a history, or while the set is closed after it, may leave. A crash before is
     one in a shorter history."""
     trace, judge = recorded(folder, history, features, range(2))
-    read = Trace(trace)
-    marks = ((int(event["issued"]), read.about(event)) for event in read.events if event["kind"] == Kind.MARK)
-    begin = next(position for position, mark in marks if mark.get("line") == len(history) - 1)
-    return explore_store(trace, judge, depth=0, positions=[p for p in epochs(read) if p > begin])
+    return explore_store(trace, judge, depth=0, positions=after(trace, len(history) - 1))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def media(check: Callable[[Shelf], object]) -> Proof:
 def errors(name: str) -> Proof:
     def proof(folder: Path) -> str | None:
         for struck, outcome in with_errors(folder, ERRORS[name], 0, errno.EIO):
-            if outcome.verdict is not Verdict.HOLDS:
+            if outcome.verdict is Verdict.BROKEN:
                 return f"{struck}: {[*map(str, outcome.findings[:1]), *outcome.reasons]}"
         return None
 

@@ -6,13 +6,12 @@ import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from powercut.crash.model import epochs
 from powercut.formats.quire.history import parse, record
 from powercut.formats.quire.judge import Quire
 from powercut.formats.quire.promises import Promises
 from powercut.stores import StoreOutcome, explore_store
 from powercut.trace import Kind, Trace
-from support.quires import SIZE, SLOTS
+from support.quires import SIZE, SLOTS, after
 
 ERRORS = {
     "data": [
@@ -62,6 +61,7 @@ class Failing:
             raise OSError(self.error, "planted", file)
 
 
+_CHECKS = 2000  # of each epoch; where a failed sync leaves more open than that, it is a sample
 _EPOCHS = 3  # explored after the failure, and the last one
 
 
@@ -74,15 +74,17 @@ def with_errors(folder: Path, history: Sequence[str], features: int, error: int)
         failing = Failing(at, error)
         record(lines, SIZE, SLOTS, path, features, failing)
         if failing.struck:
-            yield failing.struck, explore_store(path, Quire(Promises(path, lines)), depth=0, positions=_soon(path))
+            yield (
+                failing.struck,
+                explore_store(path, Quire(Promises(path, lines)), depth=0, positions=_soon(path), budget=_CHECKS),
+            )
         if failing.count <= at:
             return
 
 
 def _soon(path: Path) -> list[int]:
     trace = Trace(path)
-    marks = [(int(event["issued"]), trace.about(event)) for event in trace.events if event["kind"] == Kind.MARK]
-    failed = next((mark["line"] for _, mark in marks if mark["label"] == "failed"), 0)
-    began = next(position for position, mark in marks if mark.get("line") == failed)
-    after = [position for position in epochs(trace) if position > began]
-    return [*after[:-1][:_EPOCHS], after[-1]]
+    marks = [trace.about(event) for event in trace.events if event["kind"] == Kind.MARK]
+    failed = next((mark["line"] for mark in marks if mark["label"] == "failed"), 0)
+    positions = after(path, failed)
+    return [*positions[:-1][:_EPOCHS], positions[-1]]

@@ -11,7 +11,7 @@ from powercut.formats.quire.history import parse, record
 from powercut.formats.quire.judge import Quire
 from powercut.formats.quire.promises import Promises
 from powercut.stores import StoreOutcome, explore_store
-from powercut.trace import Trace
+from powercut.trace import Kind, Trace
 from quire.layout import BLOCK, CHECKED_RECORDS
 
 SIZE = 16 << 10
@@ -88,6 +88,15 @@ def recorded(folder: Path, history: Sequence[str], features: int, touch: range) 
     trace = folder / "t.trace"
     record(lines, SIZE, SLOTS, trace, features)
     return trace, Quire(Promises(trace, lines), touch)
+
+
+def after(trace: Path, line: int) -> list[int]:
+    """The crash positions once line number `line` has begun; -1: once the set is made."""
+    read = Trace(trace)
+    marks = [(int(event["issued"]), read.about(event)) for event in read.events if event["kind"] == Kind.MARK]
+    label = "end" if line < 0 else "begin"
+    begin = next(place for place, mark in marks if mark["label"] == label and mark.get("line") == line)
+    return [position for position in epochs(read) if position > begin]
 
 
 @dataclass
