@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -152,6 +153,9 @@ def test_rebasing_a_chain_changes_its_backing_file_too_early(work):
     assert (worst["severity"], worst["rule"]) == ("silent corruption", "content")
     replayed = CliRunner().invoke(main, ["replay", worst["file"], "--out", str(work.folder.parent / "crashed")])
     assert "confirmed on the written state" in replayed.output
+    shown = shlex.split(replayed.output.split("see it with: ")[1].splitlines()[0])
+    assert shown[0] == "qemu-io"
+    assert "00 00 00 00" in subprocess.run(shown, capture_output=True, text=True, check=True).stdout, "it held ones"
     info = ["qemu-img", "info", "--output", "json", str(work.folder.parent / "crashed" / "a.qcow2")]
     assert json.loads(subprocess.run(info, capture_output=True, check=True).stdout)["backing-filename"] == "new.qcow2"
 

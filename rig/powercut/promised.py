@@ -18,6 +18,7 @@ A sector of the disk is judged without a branch for each (see `_Content`).
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -105,6 +106,13 @@ class Wrong:
     severity: Severity
     text: str
     sector: int = 0
+
+    def shown_by(self, image: Image, directory: str) -> str:
+        """A command of QEMU's own that shows it."""
+        name = shlex.quote(f"{directory}/{image.path}")
+        if self.rule == "content":
+            return f"qemu-io -r -f {image.format} -c 'read -v {self.sector * SECTOR} {SECTOR}' {name}"
+        return f"qemu-img check -f {image.format} {name}"
 
 
 class Promised(Outside):

@@ -93,7 +93,7 @@ def _several(path: str, out: str, trace_path: str | None) -> Replayed:
         else:
             wrong = Promised(trace, finding.options).look_at(copy)
             again = [(one.rule, f"{image.path}: {one.text}") for image, one in wrong]
-            confirm = sorted({f"qemu-img check -f {image.format} {out}/{image.path}" for image, _ in wrong})
+            confirm = sorted({one.shown_by(image, out) for image, one in wrong})
     confirmed = any(rule == finding.rule for rule, _ in again)
     lines = [f"{out}: {', '.join(written)} after a crash before position {finding.position:,} of {trace.path}"]
     lines.append(f"  {finding.severity} ({finding.rule}): {finding.text}")
