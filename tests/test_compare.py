@@ -126,3 +126,37 @@ def test_a_build_tree_is_found_and_path_is_restored(tmp_path, monkeypatch):
     for wrong, said in ((tmp_path / "empty", "neither a folder"), (tmp_path / "missing", "missing was not found")):
         with pytest.raises(InputError, match=said), compare.using(str(wrong)):
             pass
+
+
+@needs_qemu
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_git_bisect_finds_the_commit_that_loses_a_write(tmp_path, losing, planted):
+    """Eight commits of a QEMU; the sixth begins to lose a write, the fourth and the fifth cannot be run at all."""
+    tree, program = tmp_path / "qemu", tmp_path / "qemu" / "qemu-storage-daemon"
+    tree.mkdir()
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        done = subprocess.run(["git", *identity, *words], cwd=tree, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    git("init", "-q")
+    good = f'exec {shutil.which(program.name)} "$@"'
+    for number in range(1, 9):
+        body = "exit 1" if number in (4, 5) else good if number < 6 else f'exec {losing / program.name} "$@"'
+        program.write_text(f"#!/bin/sh\n# {number}\n{body}\n")
+        program.chmod(0o755)
+        git("add", ".")
+        git("commit", "-q", "-m", f"commit {number}")
+    git("bisect", "start", "HEAD", "HEAD~7")
+    powercut_errors = [sys.executable, "-m", "powercut.cli", *RAW, "--qemu", str(tree), "--save", str(tmp_path / "k")]
+    said = subprocess.run(
+        ["git", "bisect", "run", *powercut_errors, "--bisect"], cwd=tree, capture_output=True, text=True, timeout=300
+    ).stdout
+    planted("git bisect: the commit that loses a write", "commit 6" in said)
+    assert "There are only 'skip'ped commits left to test" in said, said
+    suspects = {line for line in said.splitlines() if len(line) == 40}
+    assert {git("show", "-s", "--format=%s", suspect).strip() for suspect in suspects} == {
+        "commit 4", "commit 5", "commit 6",
+    }  # fmt: skip
