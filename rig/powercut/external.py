@@ -66,10 +66,10 @@ class _Export(Recorder):
         self._overlay.write(offset, data)
 
     def zero(self, offset: int, length: int, may_unmap: bool, fua: bool) -> None:
-        self._overlay.write(offset, bytes(length))
+        self._overlay.zero(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        self._overlay.write(offset, bytes(length))
+        self._overlay.zero(offset, length)
 
     def flush(self) -> None:
         """Nothing: what counts is the trace."""
@@ -163,8 +163,8 @@ class External:
 
     def _check(self, disk: Disk, depth: int, report: Report) -> None:
         done = self._run_on(disk)
-        within = _patches(disk)
         if not done.content:
+            within = _patches(disk)
             text = f"{' '.join(self._words[:-1])}: {done.said}"
             where = "" if not within else " (after a crash inside the recovery before)"
             report(Problem("checker", "broken", 0, Severity.CORRUPT, text + where), within)

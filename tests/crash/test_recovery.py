@@ -45,11 +45,17 @@ def test_an_overlay_keeps_writes_and_reads_the_rest_below(plan):
 
         def check() -> None:
             overlay = Overlay(disk)
+            overlay.write(SECTOR, b"o" * SECTOR)
+            overlay.zero(SECTOR, SECTOR)
+            assert overlay.read(SECTOR, SECTOR) == bytes(SECTOR)
+            overlay.zero(SECTOR, 2 * SECTOR)
             overlay.write(SECTOR, b"n" * SECTOR)
             assert not disk.search.path, "a whole sector that is overwritten need not be decided"
             overlay.write(100, b"m" * 10)
             below = disk.read(0, SECTORS * SECTOR).tobytes()
-            wanted = below[:100] + b"m" * 10 + below[110:SECTOR] + b"n" * SECTOR + below[2 * SECTOR :]
+            overlay.zero(50, 20)
+            wanted = below[:50] + bytes(20) + below[70:100] + b"m" * 10 + below[110:SECTOR]
+            wanted += b"n" * SECTOR + bytes(SECTOR) + below[3 * SECTOR :]
             assert overlay.read(0, SECTORS * SECTOR) == wanted
 
         disk.explore(check)

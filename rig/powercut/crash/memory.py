@@ -27,7 +27,8 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(slots=True)
 class _Node(Generic[Outcome]):
-    """What the program did next: a read of `length` bytes at `offset`, or a write of `data` there; or how it ended."""
+    """What the program did next: a read of `length` bytes at `offset`, or a write of `data` there (ZEROS: of as many
+    zeros); or how it ended."""
 
     offset: int = 0
     length: int = 0
@@ -36,6 +37,7 @@ class _Node(Generic[Outcome]):
     ended: Outcome | None = None
 
 
+ZEROS = b""
 Step = tuple[int, int, bytes | None, bytes]  # offset, length, data of a write, digest of what was read (or nothing was)
 
 
@@ -58,6 +60,11 @@ class Steps(Overlay):
             super().write(offset, data)
             self.steps.append((offset, len(data), bytes(data), b""))
 
+    def zero(self, offset: int, length: int) -> None:
+        with self._lock:
+            super().zero(offset, length)
+            self.steps.append((offset, length, ZEROS, b""))
+
 
 class Memory(Generic[Outcome]):
     """The outcomes of runs by what was read in them, for disks of any size."""
@@ -74,7 +81,10 @@ class Memory(Generic[Outcome]):
         while node is not None and node.ended is None:
             given = b""
             if node.data is not None:
-                overlay.write(node.offset, node.data)
+                if node.data == ZEROS:
+                    overlay.zero(node.offset, node.length)
+                else:
+                    overlay.write(node.offset, node.data)
             else:
                 with contextlib.suppress(OSError):  # a read error is what it is given then
                     given = xxhash.xxh3_128_digest(overlay.read(node.offset, node.length))

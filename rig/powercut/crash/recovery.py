@@ -35,13 +35,15 @@ def lay_over(
     inside = slice(first, min(last, len(written.writer) // written.per_atom))
     writer = written.writer.reshape(-1, written.per_atom)[inside]
     rows = written.rows.reshape(-1, written.per_atom)[inside]
-    here = np.flatnonzero(writer.any(axis=1))
-    if len(here):
+    if writer.any():
+        here = np.flatnonzero(writer.any(axis=1))
         lasting = written.take(rows[here].reshape(-1)).reshape(len(here), -1, SECTOR)
         own = content.reshape(len(content), -1, SECTOR)[here]
         content[here] = np.where((writer[here] > 0)[:, :, None], lasting, own).reshape(len(here), -1)
     flight = written.in_flight_atoms()
     low, high = np.searchsorted(flight.atom, (first, last))
+    if low == high:
+        return
     for atom in np.unique(flight.atom[low:high]).tolist():
         distinct = {content[atom - first].tobytes(): int(written.writer[atom * written.per_atom]) - 1}
         for entry in np.flatnonzero(flight.atom[low:high] == atom).tolist():
@@ -115,21 +117,46 @@ class Overlay:
         self.size = disk.size
         self._disk = disk
         self._pages: dict[int, bytearray] = {}
+        self._zeros: list[tuple[int, int]] = []  # pages from the first to before the second, unless in `_pages`
         self._page = SECTOR  # what a page below holds is asked for, and so decided, only if a write leaves some of it
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`."""
         first, last = offset // self._page, -(-(offset + length) // self._page)
-        if not any(page in self._pages for page in range(first, last)):
+        if not self._kept(first, last):
             return self._disk.read(offset, length).tobytes()
         content = b"".join(self._pages.get(page) or self._fetch(page) for page in range(first, last))
         return content[offset - first * self._page :][:length]
 
+    def _kept(self, first: int, last: int) -> bool:
+        """Whether anything of pages first..last-1 was written."""
+        if any(begin < last and first < end for begin, end in self._zeros):
+            return True
+        return any(page in self._pages for page in range(first, last))
+
     def _fetch(self, page: int) -> bytes:
+        if any(begin <= page < end for begin, end in self._zeros):
+            return bytes(self._page)
         return self._disk.read(page * self._page, self._page).tobytes()
+
+    def zero(self, offset: int, length: int) -> None:
+        """Keep zeros at `offset`: however many they are, they cost nothing."""
+        end = offset + length
+        first, last = -(-offset // self._page), end // self._page
+        if first >= last:
+            self._put(offset, bytes(length))
+            return
+        self._put(offset, bytes(first * self._page - offset))
+        self._put(last * self._page, bytes(end - last * self._page))
+        for page in [page for page in self._pages if first <= page < last]:
+            del self._pages[page]
+        self._zeros.append((first, last))
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Keep `data` at `offset`."""
+        self._put(offset, data)
+
+    def _put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         place, view = offset, memoryview(data)
         while view:
             number, inner = divmod(place, self._page)
