@@ -33,11 +33,14 @@ from powercut.scenario import parse_size
 from powercut.stamp import SECTOR, ZERO
 from quire.nbd import Server
 
-STARTS: Final = {  # what the image is before the history; "warm": written, and the driver's caches are filled
-    "qcow2": ("fresh", "written", "warm", "snapshot", "backed"),
+# What the image is before the history. "warm": written, and the driver's caches are filled; "zeroed": the same, then
+# zeroed in a way that keeps the place.
+STARTS: Final = {
+    "qcow2": ("fresh", "written", "warm", "zeroed", "snapshot", "backed"),
     "raw": ("fresh", "written"),
 }
-_STOCKED: Final = ("warm", "snapshot")  # starts where the guest has something allocated to read meanwhile
+_WARM: Final = ("warm", "zeroed")
+_STOCKED: Final = (*_WARM, "snapshot")  # starts where the guest has something allocated to read meanwhile
 KINDS: Final = {"qcow2": ("zero", "discard", "snapshot"), "raw": ("zero", "discard")}
 _OLD: Final = "s"  # the snapshot that the start of that name has
 _MIB = 1 << 20
@@ -80,7 +83,7 @@ class Plan:
 
     def initial(self, start: str, offset: int) -> int:
         """What operation wrote `offset` before the history: 0, or none."""
-        written = self.base <= offset < self.base + 2 * self.cluster or self.spare <= offset
+        written = self.spare <= offset or (start != "zeroed" and self.base <= offset < self.base + 2 * self.cluster)
         return 0 if start == "backed" or (written and start != "fresh") else ZERO
 
 
@@ -245,10 +248,12 @@ class Rig:
             backing = under if start == "backed" else None
             create_image(path, plan.format, plan.size, dict(plan.options), backing)
             self._image.load(path.read_bytes())
-            if start in ("written", "warm", "snapshot"):
+            if start in ("written", "warm", "zeroed", "snapshot"):
                 guest = self._daemon().open(self._node(start))
                 self._fill(guest, plan.base, 2 * plan.cluster)
-                if start != "warm":
+                if start == "zeroed":
+                    guest.zero(plan.base, 2 * plan.cluster)
+                if start not in _WARM:
                     self._fill(guest, plan.spare, plan.cluster)
                 self._daemon().shut(guest)
             if start == "snapshot":
@@ -273,7 +278,7 @@ class Rig:
         self._image.load(self._begin(case.start))
         try:
             guest = self._daemon().open(self._node(case.start))
-            if case.start == "warm":
+            if case.start in _WARM:
                 self._fill(guest, self.plan.spare, self.plan.cluster)
                 guest.read(self.plan.base, self.plan.cluster)
             if case.start in _STOCKED:
