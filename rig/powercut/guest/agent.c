@@ -149,9 +149,8 @@ static void open_disk(unsigned long long tag, int disk) {
         done(tag, EINVAL, 0);
         return;
     }
-    if (disks[disk] >= 0)
-        close(disks[disk]);
-    disks[disk] = open_soon(disk, O_RDWR | O_DIRECT);
+    if (disks[disk] < 0) /* it may be open since before the machine was restored */
+        disks[disk] = open_soon(disk, O_RDWR | O_DIRECT);
     if (disks[disk] < 0 || ioctl(disks[disk], BLKGETSIZE64, &size) < 0)
         done(tag, errno, 0);
     else

@@ -97,15 +97,16 @@ class Ledger:
     def judge(self, held: NDArray[np.int64], keeps: Keeps) -> list[Problem]:
         """What is wrong with a disk whose sectors hold the operations `held` (see `read`)."""
         certain, zero = self._legal(keeps)
-        sectors = np.arange(len(held))
+        # Most sectors hold just what they must; only of the others is it asked whether a later operation covers them.
+        sectors = np.flatnonzero(~np.where(held == ZERO, zero, (held == certain) & (held >= 0)))
         writes = [entry for entry in self._log.values() if entry.operation.kind is Kind.WRITE]
         numbers = np.array([entry.number for entry in writes] + [1 << 62])
         first = np.array([entry.operation.offset // SECTOR for entry in writes] + [0])
         count = np.array([entry.operation.length // SECTOR for entry in writes] + [0])
-        at = np.searchsorted(numbers, held)
-        later = (held > certain) & (numbers[at] == held) & (first[at] <= sectors) & (sectors < first[at] + count[at])
-        legal = ((held == ZERO) & zero) | ((held >= 0) & (held == certain)) | later
-        bad = np.flatnonzero(~legal)
+        op = held[sectors]
+        at = np.searchsorted(numbers, op)
+        covers = (numbers[at] == op) & (first[at] <= sectors) & (sectors < first[at] + count[at])
+        bad = sectors[~(covers & (op > certain[sectors]))]
         return [self._problem(int(s), int(held[s]), int(certain[s]), len(bad)) for s in bad[:_PROBLEMS].tolist()]
 
     def _problem(self, sector: int, held: int, certain: int, count: int) -> Problem:

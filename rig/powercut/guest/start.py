@@ -63,7 +63,7 @@ def _from_template(
 ) -> Machine:
     """Restore a machine with null disks in the place of those that are `staying`, and plug in the others."""
     control = controllers(disks)
-    with _template(hardware, [*control, *_null_disks(staying)]) as template:
+    with _template(hardware, [*control, *_null_disks(staying)], len(staying)) as template:
         command = [*hardware.arguments(memory_file=template / "memory"), *control, *_null_disks(staying)]
         machine = Machine([*command, "-incoming", "defer"], folder, environment=environment)
         try:
@@ -124,9 +124,9 @@ def _null_disks(disks: list[Disk]) -> list[str]:
 
 
 @contextmanager
-def _template(hardware: Hardware, disks: list[str]) -> Iterator[Path]:
-    """The folder of the template for this hardware and the words of the command line that speak of disks. It stays as
-    long as the context lasts."""
+def _template(hardware: Hardware, disks: list[str], count: int) -> Iterator[Path]:
+    """The folder of the template for this hardware and the words of the command line that speak of so many disks. It
+    stays as long as the context lasts."""
     command = [*hardware.arguments(memory_file=Path("memory")), *disks]
     program = os.stat(command[0])
     what = [*command, str(program.st_size), str(program.st_mtime_ns)]
@@ -140,7 +140,7 @@ def _template(hardware: Hardware, disks: list[str]) -> Iterator[Path]:
             while not home.is_dir():
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one makes it, the others wait for it
                 if not home.is_dir():
-                    _make_template(hardware, disks, home)
+                    _make_template(hardware, disks, count, home)
                 fcntl.flock(lock, fcntl.LOCK_SH)
             os.utime(home)
         except OSError as error:
@@ -148,7 +148,7 @@ def _template(hardware: Hardware, disks: list[str]) -> Iterator[Path]:
         yield home
 
 
-def _make_template(hardware: Hardware, disks: list[str], home: Path) -> None:
+def _make_template(hardware: Hardware, disks: list[str], count: int, home: Path) -> None:
     _forget_old(home.parent)
     with tempfile.TemporaryDirectory(prefix=".template-", dir=home.parent) as scratch:
         made = Path(scratch) / "made"
@@ -156,6 +156,8 @@ def _make_template(hardware: Hardware, disks: list[str], home: Path) -> None:
         arguments = hardware.arguments(memory_file=made / "memory", shared=True)
         with Machine([*arguments, *disks], Path(scratch)) as machine:
             machine.agent.hello(BOOT_PATIENCE)
+            for number in range(count):  # an open one need not be looked for each time
+                machine.agent.open(number)
             machine.ask("stop")
             machine.ask("migrate-set-capabilities", capabilities=_IGNORE_SHARED)
             machine.ask("migrate", uri=f"exec:cat > {made / 'state'}")
