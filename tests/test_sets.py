@@ -138,6 +138,15 @@ def test_writing_to_an_image_of_each_format(work, format):
         assert {finding["rule"] for finding in said["findings"]} <= {"opens", "structure"}
 
 
+@pytest.mark.parametrize("between", [[], ["-c", "flush"]])
+def test_a_sector_written_twice_may_hold_what_it_held_in_between(work, between):
+    work.image("a.qcow2", "1 0 256k", size="1M")
+    twice = ["-c", "write -P 2 0 4k", *between, "-c", "write -z 4k 4k", *between, "-c", "write -P 3 0 8k"]
+    work.capture("qemu-io", *twice, str(work.folder / "a.qcow2"))
+    code, said, output = work.explore("--recovery-depth", "0")
+    assert (code, said["verdict"]) == (0, "HOLDS"), output
+
+
 def test_rebasing_a_chain_changes_its_backing_file_too_early(work):
     """A defect of qemu-img rebase (7.2), in safe mode: the header names the new backing file before the L2 table that
     leads to what was copied from the old one is on disk. After a crash in between, the disk silently reads wrong."""

@@ -5,7 +5,9 @@ Nobody says what a program acknowledged; but some promises need no saying:
     opens      an image that was there before the program ran can be opened after every crash
     structure  and its format's check finds nothing worse than leaks (those formats that heal themselves when they are
                opened are healed first, and what that writes is recorded like any recovery)
-    content    and each sector of its disk holds what it held before or what it holds when the program is done
+    content    and each sector of its disk holds what it held before or what it holds when the program is done; one
+               that is not the same then and now may also hold anything else that was written, or zeros, since it may
+               have been written more than once
 
 Of an image that the program makes, nothing is promised until the program has ended, and then only if what it had
 synced is the whole image: then all of that holds, and each sector holds what it should. What else there is in the
@@ -21,11 +23,12 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from powercut.calls import Call
@@ -40,7 +43,7 @@ from powercut.external import TIMEOUT
 from powercut.formats.probe import HEAD, check_of, probe
 from powercut.outside import Outside, Runs
 from powercut.stores import Case
-from powercut.trace import SECTOR, Trace
+from powercut.trace import SECTOR, Kind, Trace
 from powercut.verdict import Problem, Severity
 
 Sectors = NDArray[np.uint8]  # shape (n, 512)
@@ -89,12 +92,22 @@ def read_disk(format: str, path: str, within: str = "") -> Ran:
 @dataclass(frozen=True, slots=True)
 class Image:
     """One image: what its disk may hold, a list of whole disks of which each sector may come from any; `early`: from
-    the beginning on, not only when the program has ended."""
+    the beginning on, not only when the program has ended. `written`: digests of all sectors that were written."""
 
     path: str
     format: str
     may: tuple[Sectors, ...]
     early: bool
+    written: frozenset[int] = frozenset()
+
+    def passing(self, sector: int, content: bytes) -> bool:
+        """Whether a sector that changes may have held this in between."""
+        if not self.early or len(self.may) < 2 or any(sector >= len(disk) for disk in self.may):
+            return False
+        before, after = self.may
+        if (before[sector] == after[sector]).all():
+            return False
+        return not any(content) or xxhash.xxh3_64_intdigest(content) in self.written
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,7 @@ class Promised(Outside):
         self.judged: list[str] = []
         self.reasons: list[str] = []
         self._images: list[Image] = []
+        self._written = frozenset(_written(trace))
         root = root_of(trace)
         with tempfile.TemporaryDirectory(prefix="powercut-") as scratch:
             before, after, disk = (Path(scratch) / name for name in ("before", "after", "disk"))
@@ -145,7 +159,8 @@ class Promised(Outside):
         format = self.formats[path]
         was, done = _sound(before), _sound(after)
         if was is not None:
-            self._images.append(Image(path, format, (was,) if done is None else (was, done), True))
+            may = (was,) if done is None else (was, done)
+            self._images.append(Image(path, format, may, True, self._written))
             self.judged.append(f"{path} ({format}), which was there before")
         elif done is None:
             self.reasons.append(f"{path} was no sound {format} image when the program ended: nothing is promised of it")
@@ -236,11 +251,20 @@ def _read(image: Image, directory: str) -> Wrong | None:
     for disk in may:
         both = min(len(disk), sectors)
         fine[:both] |= (ran.disk[:both] == disk[:both]).all(axis=1)
-    if fine.all():
+    wrong = (n for n in np.flatnonzero(~fine).tolist() if not image.passing(n, ran.disk[n].tobytes()))
+    sector = next(wrong, None)
+    if sector is None:
         return None
-    sector = int(np.argmin(fine))
     text = f"sector {sector:,} of its disk holds neither what it held nor what it should"
     return Wrong("content", "content", Severity.SILENT, text, sector)
+
+
+def _written(trace: Trace) -> Iterator[int]:
+    """Digests of all whole sectors that were written."""
+    for event in trace.events[trace.events["kind"] == Kind.WRITE]:
+        data = trace.payload(event)
+        for place in range(-int(event["offset"]) % SECTOR, len(data) - SECTOR + 1, SECTOR):
+            yield xxhash.xxh3_64_intdigest(data[place : place + SECTOR])
 
 
 def _sound(place: Path) -> Sectors | None:
