@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from formats.qcow2.damaged import OVER_HEADER, content, overwrite, record_vm_state, seen, truth
@@ -142,3 +144,22 @@ def test_documents(tmp_path: Path) -> None:
     assert document["header"]["size"] == 64 << 20
     assert document["lost"] == []
     assert {"cluster size", "size", "snapshot"} <= {note["what"] for note in document["recovered"]}
+
+
+def test_a_file_of_nothing_but_pointers_has_an_end(tmp_path: Path) -> None:
+    """Everything in it looks like a table. What comes of it does not matter; that it comes does."""
+    path = tmp_path / "a.qcow2"
+    words = np.random.default_rng(1).integers(1, (2 << 20) // 512, size=(2 << 20) // 8).astype(np.uint64) * 512
+    path.write_bytes(words.astype(">u8").tobytes())
+    assert inspect(str(path), None).exit_code == 1
+    assert rescue(str(path), str(tmp_path / "b.qcow2"), Known()).exit_code == 1
+
+
+@needs_qemu
+def test_more_clusters_than_can_be_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    assert make(path, Shape(3, 512), "writes", 1)
+    os.truncate(path, 1 << 40)
+    with pytest.raises(InputError, match="2,147,483,648 clusters are more than can be counted"):
+        rescue(str(path), str(tmp_path / "b.qcow2"), Known())
+    assert not (tmp_path / "b.qcow2.partial").exists()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from powercut.disk import Disk
+from powercut.errors import InputError
 from powercut.formats.qcow2 import layout as q
 from powercut.formats.qcow2.check import check
 from powercut.formats.qcow2.entries import compressed_extent
@@ -28,8 +29,11 @@ _UNCOUNTED = 2  # without refcounts, references weigh so many halves less
 
 
 def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda done, of: None) -> Anatomy | None:
-    """Take the image apart. None if nothing of a qcow2 image is left that could be recognised."""
+    """Take the image apart. None if nothing of a qcow2 image is left that could be recognised. Raises InputError if the
+    file has more clusters than can be counted."""
     header = read_header(disk).header
+    if header is not None and disk.size >> header.cluster_bits >= geometry.MOST_CLUSTERS:
+        raise InputError(f"{path}: {disk.size >> header.cluster_bits:,} clusters are more than can be counted")
     if header is not None:
         result = check(disk, trust_dirty=True)
         if not result.aborted and not any(problem.kind in _SPINE for problem in result.problems):
@@ -37,7 +41,11 @@ def dissect(path: str, disk: Disk, progress: Callable[[int, int], None] = lambda
     tried = [] if header is None else [by_header(disk, header, True, [])]
     if header is None:
         note = recovered("header", "all of it but its first 8 bytes is there")
-        tried = [by_header(disk, left, False, [note]) for left in headers.without_magic(disk)]
+        tried = [
+            by_header(disk, left, False, [note])
+            for left in headers.without_magic(disk)
+            if disk.size >> left.cluster_bits < geometry.MOST_CLUSTERS
+        ]
     found = scan(path, disk.size, progress)
     tried += [anatomy for g in geometry.find(disk, found) for anatomy in by_structure(disk, found, g)]
     best = max(tried, key=_explained) if len(tried) > 1 else next(iter(tried), None)

@@ -23,7 +23,7 @@ from powercut.formats.qcow2.refcounts import decode
 
 Counts = NDArray[np.uint16]
 
-_MOST_CLUSTERS = 1 << 30  # more are not worth 6 GiB of memory
+MOST_CLUSTERS = 1 << 28  # of a file; more are not worth 2 GiB of memory
 _CANDIDATES = 2000  # refcount tables of one cluster size that are looked at closely
 _KEPT = 3  # geometries that are tried out
 _BLOCKS = 256  # refcount blocks that are asked whether they describe themselves
@@ -74,7 +74,7 @@ def read_counts(disk: Disk, blocks: I64, bits: int, order: int) -> Counts:
     """Refcounts by cluster out of blocks at these offsets. Blocks that are not there count nothing."""
     cluster, total = 1 << bits, -(-disk.size >> bits)
     per_block = cluster * 8 >> order
-    if total > _MOST_CLUSTERS:
+    if total > MOST_CLUSTERS:
         return np.zeros(0, dtype=np.uint16)
     counts = np.zeros(min(total, len(blocks) * per_block), dtype=np.uint16)
     for number in np.flatnonzero(blocks).tolist():
@@ -91,7 +91,7 @@ def find(disk: Disk, scan: Scan) -> list[Geometry]:
     offsets = _sample(sectors, scan)
     found: list[Geometry] = []
     for bits in range(q.MAX_CLUSTER_BITS, q.MIN_CLUSTER_BITS - 1, -1):
-        if scan.size >> bits > _MOST_CLUSTERS:
+        if scan.size >> bits > MOST_CLUSTERS:
             continue
         for table, words in _candidates(sectors, scan, bits):
             found += _describing_themselves(disk, table, words, bits, offsets)

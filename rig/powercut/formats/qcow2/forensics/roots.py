@@ -18,7 +18,8 @@ from powercut.formats.qcow2.forensics.scan import SECTOR, Scan, Sectors, reach
 
 _BATCH = 1 << 21  # words that are looked at together
 _SHARE = 0.8  # of an L1 table's entries, those that must point to tables
-_LOOKED_AT = 4096  # candidates of a batch
+_READ = 1 << 16  # clusters that are read in search of L1 tables
+_LONG = 64  # clusters
 _DENSE = 16  # extended L2 entries of compressed clusters, that are told by their lying at every other word
 _EMPTY = 64  # clusters of zeros that may be tables of nothing
 
@@ -72,7 +73,8 @@ def l1_candidates(disk: Disk, scan: Scan, geometry: Geometry, tables: Tables, no
     starts = np.unique(scan.tables // per)
     starts = starts[geometry.in_use(starts)]
     starts = starts[~np.isin(starts, np.array(sorted(not_these), dtype=np.int64))]
-    out = []
+    out: list[Candidate] = []
+    until = read = 0
     for at in range(0, len(starts), 1 << 15):
         part = starts[at : at + (1 << 15)]
         words = sectors.words(part * per)
@@ -82,8 +84,16 @@ def l1_candidates(disk: Disk, scan: Scan, geometry: Geometry, tables: Tables, no
         near = aligned & (_among(tables.standard, target) | _among(tables.extended, target))
         empty = np.flatnonzero(aligned & ~near & geometry.in_use(target))[:_EMPTY]
         near[empty] = np.array([_zeros(disk, int(first[i]), geometry.cluster) for i in empty], dtype=np.bool_)
-        found = (_candidate(disk, geometry, tables, int(c), not_these) for c in part[near][:_LOOKED_AT])
-        out += [candidate for candidate in found if candidate is not None]
+        for cluster in part[near].tolist():
+            if cluster < until or read > _READ:
+                continue
+            candidate = _candidate(disk, geometry, tables, cluster, not_these)
+            read += 1
+            if candidate is not None:
+                out.append(candidate)
+                length = len(candidate.entries) * 8 >> bits
+                read += length
+                until = cluster + length if length > _LONG else until  # hardly another begins within a long one
     return sorted(out, key=lambda c: (c.share, c.good), reverse=True)
 
 

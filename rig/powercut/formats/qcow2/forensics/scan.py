@@ -104,7 +104,7 @@ def scan(path: str, size: int, progress: Callable[[int, int], None] = lambda don
         both = (odd >> 32 & odd) != 0
         nowhere = (odd & q.SUB_ALLOCATED != 0) & (words[:, ::2] & q.OFFSET_MASK == 0)
         extended.append(first + used[~(both | nowhere).any(axis=1)])
-        kept += len(used)
+        kept += len(used) + len(snapshots[-1])
     progress(size, size)
     return Scan(size, _joined(tables), _joined(extended), _joined(snapshots), kept < MOST)
 
