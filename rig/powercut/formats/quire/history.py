@@ -219,8 +219,10 @@ def _done(writer: TraceWriter, number: int, quire: Set, line: Line | None = None
     names = {name: [value.leaf.hex(), value.writable] for name, value in quire.manifest.names.items()}
     seen = {}
     if line is not None and line.what == "kill":
-        for name in names:
+        for name, (_, writable) in names.items():
             image = opened(quire, name)
             data = bytes(image.read(0, image.size))
+            if not writable:
+                image.close()
             seen[name] = [data[place : place + TELLING].hex() for place in range(0, len(data), SECTOR)]
     writer.mark("end", line=number, names=names, seen=seen)
