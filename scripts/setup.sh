@@ -74,6 +74,7 @@ package() {
         cc:pacman) echo gcc ;;
         cc:zypper) echo gcc glibc-devel ;;
         xfs:*) echo xfsprogs ;;
+        fuse:*) echo fuse3 ;;
         btrfs:apt-get | btrfs:pacman | btrfs:dnf) echo btrfs-progs ;;
         btrfs:zypper) echo btrfsprogs ;;
     esac
@@ -105,6 +106,7 @@ look() {
     have qemu-storage-daemon || need daemon "qemu-storage-daemon (without it: no recording from QEMU)"
     have mkfs.xfs || need xfs "mkfs.xfs (without it: no tests on XFS)"
     have mkfs.btrfs || need btrfs "mkfs.btrfs (without it: no tests on btrfs)"
+    have fusermount3 || need fuse "fuse3 (without it: no checkers of several files)"
     have_cc || need cc "a C compiler (without it: no guest programs are built)"
 }
 
