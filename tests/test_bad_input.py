@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -262,3 +263,22 @@ def test_a_recording_that_is_cut_short_is_kept_and_cannot_hold(tmp_path, how):
     done = CliRunner().invoke(main, ["explore", str(out), "--budget", "200"])
     assert done.exit_code in (2, 3), done.output
     assert "HOLDS" not in done.output
+
+
+@needs_qemu
+@pytest.mark.skipif(os.geteuid() != 0, reason="making a device needs root")
+@pytest.mark.parametrize(
+    "words", ["bundle {finding} --out {null}", "capture --out {null} -- true", "explore {trace} --json {null}"]
+)
+def test_a_device_is_never_replaced_by_a_file(tmp_path, monkeypatch, words):
+    """As root, whoever renames a file onto /dev/null takes it from everybody."""
+    null, trace = tmp_path / "null", tmp_path / "t.trace"
+    os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    monkeypatch.chdir(tmp_path)
+    main_ = CliRunner()
+    assert main_.invoke(main, ["record", "qcow2", "--ops", "20", "--lie", "flush", "--out", str(trace)]).exit_code == 0
+    main_.invoke(main, ["explore", str(trace)])
+    finding = next(Path(f"{trace}.findings").glob("*.json"))
+    result = main_.invoke(main, words.format(finding=finding, null=null, trace=trace).split())
+    assert result.exit_code == (1 if words.startswith("explore") else 2), result.output
+    assert null.is_char_device()

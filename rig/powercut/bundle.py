@@ -21,6 +21,8 @@ def write(finding_path: str, out: str, trace_path: str | None = None) -> None:
     finding = setfinding.load(finding_path) if setfinding.is_one(finding_path) else findings.load(finding_path)
     trace = Trace(trace_path or finding.trace)
     findings.same_trace(finding, trace)
+    if os.path.exists(out) and not os.path.isfile(out):
+        raise InputError(f"{out}: not a regular file")
     partial = f"{out}.partial"
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:

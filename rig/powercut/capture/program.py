@@ -118,6 +118,8 @@ def capture(
         recorder = "strace" if shutil.which("cc") is None and strace.available() else "preload"
     if recorder == "strace" and shutil.which(command[0]) is None:
         raise InputError(f"{command[0]}: no such program")
+    if out.exists() and not out.is_file():
+        raise InputError(f"{out}: not a regular file")
     library = None
     if recorder == "preload":
         check_program(command[0])

@@ -22,10 +22,13 @@ def write(document: dict[str, Any], path: str | None) -> None:
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
         return
-    partial = f"{path}.partial"
+    # A pipe or /dev/null is written to; replaced by a file it would be gone for everybody.
+    special = os.path.exists(path) and not os.path.isfile(path)
+    place = path if special else f"{path}.partial"
     try:
-        with open(partial, "wb") as out:
+        with open(place, "wb") as out:
             out.write(text)
-        os.replace(partial, path)
+        if not special:
+            os.replace(place, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
