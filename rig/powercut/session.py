@@ -20,7 +20,7 @@ from powercut.formats import Recording
 from powercut.trace import SECTOR, Trace
 from powercut.verdict import Problem, Severity
 
-_RELEASE = 32  # epochs after which memory is given back
+_RELEASE = 8  # epochs after which memory is given back
 RULES = ("opens", "structure", "acknowledged")
 
 

@@ -16,6 +16,7 @@ when recording began says that it is not known, and nothing is promised about it
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -135,11 +136,15 @@ class Promise(Durability):
 
     def _stamped(self, number: int, sector: int) -> bytes:
         """What operation `number` wrote to `sector`: its stamp tells how many flushes had been acknowledged by then."""
-        events = self.trace.events
         issued = self.issued[self._event_of_op[np.searchsorted(self._ops, number)]]
+        return make(number, int(np.searchsorted(self._counted, issued)) if number else 0, sector, 1)
+
+    @cached_property
+    def _counted(self) -> Sectors:
+        """When each flush of the guest's own was acknowledged, ascending."""
+        events = self.trace.events
         flushes = (events["file"] == self.file) & (events["kind"] == Kind.FLUSH) & (events["ref"] > 0)
-        epoch = int((flushes & (events["result"] == 0) & (events["completed"] < issued)).sum()) if number else 0
-        return make(number, epoch, sector, 1)
+        return np.sort(events["completed"][flushes & (events["result"] == 0)])
 
     def describe(self, sector: int) -> str:
         """What guest sector `sector` may hold, for people."""
