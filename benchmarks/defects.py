@@ -19,10 +19,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from powercut import modelled, probes, scoreboard
+from powercut.defects import probes, scoreboard
 from powercut.formats.qcow2.defects import CATALOGUE, Sort
 from powercut.formats.qcow2.driver.practice import Practice
 from powercut.guest.daemon import tool
+from powercut.recording import modelled
 from powercut.report import defects as report
 from powercut.scenario import parse_size
 from powercut.trace import SECTOR, Kind, Trace

@@ -25,8 +25,8 @@ from rows import record, row
 from powercut.crash.explore import Task
 from powercut.crash.finding import write_image
 from powercut.crash.model import epochs
+from powercut.explore.session import Plan, Session
 from powercut.guest.daemon import tool
-from powercut.session import Plan, Session
 from powercut.trace import Kind, Trace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

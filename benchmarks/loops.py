@@ -21,7 +21,6 @@ from rows import row
 from powercut.capture import recorded
 from powercut.capture.filetree import Tree
 from powercut.capture.program import build
-from powercut.cycle import Lane
 from powercut.guest import start
 from powercut.guest.hardware import Disk, Hardware
 from powercut.guest.images import CACHES, Image
@@ -30,7 +29,8 @@ from powercut.guest.ledger import Ledger
 from powercut.guest.scratch import scratch
 from powercut.guest.workload import Operation
 from powercut.guest.writing import Writing
-from powercut.loop import Loops
+from powercut.loops.cycle import Lane
+from powercut.loops.loop import Loops
 from powercut.scenario import Loop, Scenario, Workload
 from powercut.trace import SECTOR, Kind
 

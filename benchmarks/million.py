@@ -66,7 +66,7 @@ def rates(path: Path) -> tuple[float, float, int]:
 import resource, sys, time
 from powercut.crash.explore import Task
 from powercut.crash.model import epochs
-from powercut.session import Plan, Session
+from powercut.explore.session import Plan, Session
 session = Session(Plan({str(path)!r}, "qcow2"))
 positions = epochs(session.trace, session.image.file)
 marks = [time.process_time()]

@@ -10,7 +10,7 @@ from rows import Explored, explored, record, row
 
 from powercut.crash.explore import Task
 from powercut.crash.model import epochs
-from powercut.session import RULES, Plan, Session
+from powercut.explore.session import RULES, Plan, Session
 
 
 def exhausted(path: Path, name: str, jobs: int, wanted: str = "") -> Explored:

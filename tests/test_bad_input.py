@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from powercut.cli import main
-from powercut.record import record
+from powercut.recording.record import record
 from powercut.scenario import from_options
 from powercut.trace import SECTOR, VERSION, Kind, Trace, TraceWriter
 from support.qemu import needs_qemu
@@ -141,7 +141,7 @@ def checker(folder: Path, text: str) -> str:
 )
 def test_a_checker_without_an_opinion(trace, tmp_path, monkeypatch, does, says):
     if says.endswith("0 s"):
-        monkeypatch.setattr("powercut.external.TIMEOUT", 0.4)
+        monkeypatch.setattr("powercut.explore.external.TIMEOUT", 0.4)
     assert says in said("explore", trace, "--checker", checker(tmp_path, does), "--jobs", 1, "--budget", 16, code=3)
 
 

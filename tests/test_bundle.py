@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from powercut import bundle
 from powercut.errors import InputError
+from powercut.explore import bundle
+from powercut.explore.replay import replay
+from powercut.explore.run import explore_trace
+from powercut.explore.session import Plan
 from powercut.guest.daemon import version
-from powercut.record import record
-from powercut.replay import replay
+from powercut.recording.record import record
 from powercut.report.outcome import save
-from powercut.run import explore_trace
 from powercut.scenario import from_options
-from powercut.session import Plan
 from powercut.trace import Trace
 from support.qemu import needs_qemu
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from powercut import run, stamp
+from powercut import stamp
 from powercut.cli import main
 from powercut.crash.promise import Promise
+from powercut.explore import run
 from powercut.trace import SECTOR, Kind, Trace, TraceWriter
 from powercut.verdict import Verdict
 from support.qemu import needs_qemu

@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from powercut import fuzz, record
+from powercut import fuzz
 from powercut.errors import InputError
-from powercut.operations import operations
+from powercut.recording import record
+from powercut.recording.operations import operations
 from powercut.scenario import Recording, from_options
 from powercut.verdict import Verdict
 from support.qemu import needs_qemu

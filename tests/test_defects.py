@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from powercut import probes, scoreboard
 from powercut.cli import main
+from powercut.defects import probes, scoreboard
+from powercut.defects.probes import errors
+from powercut.defects.scoreboard import QUICK, look
 from powercut.formats.qcow2.defects import CATALOGUE, Defect
 from powercut.formats.qcow2.driver.practice import Era, Practice
-from powercut.histories import Shape, scenario
-from powercut.probes import errors
-from powercut.scoreboard import QUICK, look
+from powercut.recording.histories import Shape, scenario
 
 
 @pytest.mark.parametrize("defect", CATALOGUE, ids=lambda defect: defect.name)

@@ -10,12 +10,12 @@ import pytest
 
 from powercut.crash.explore import explore_epoch
 from powercut.errors import EnvironmentFault
-from powercut.record import record
-from powercut.replay import replay
+from powercut.explore.replay import replay
+from powercut.explore.run import explore_trace
+from powercut.explore.session import Plan, Session
+from powercut.recording.record import record
 from powercut.report.outcome import save
-from powercut.run import explore_trace
 from powercut.scenario import from_options
-from powercut.session import Plan, Session
 from powercut.verdict import Verdict
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="QEMU's tools are not installed")
@@ -70,7 +70,7 @@ def test_repairs_hold_and_crashes_inside_them_too(traces, figure):
 def test_same_bytes_read_same_verdict(traces, monkeypatch, figure, name, command, depth):
     """With the memory and without, everything but the number of runs is the same."""
     with_memory = explored(traces[name], command, depth)
-    monkeypatch.setattr("powercut.external.Memory.recall", lambda self, disk: None)
+    monkeypatch.setattr("powercut.explore.external.Memory.recall", lambda self, disk: None)
     without = explored(traces[name], command, depth)
     saved = with_memory.coverage.runs
     figure(f"runs of {command}, {name}: remembered / not", f"{saved} / {without.coverage.runs}")
@@ -145,7 +145,7 @@ def test_a_checker_without_an_opinion_is_never_a_pass(traces, tmp_path, text, wh
 
 
 def test_a_checker_that_hangs(traces, tmp_path, monkeypatch):
-    monkeypatch.setattr("powercut.external.TIMEOUT", 0.2)
+    monkeypatch.setattr("powercut.explore.external.TIMEOUT", 0.2)
     outcome = explored(traces["honest"], script(tmp_path, "import time; time.sleep(60)"), budget=20)
     assert outcome.verdict is Verdict.UNKNOWN
     assert any("did not end" in reason for reason in outcome.reasons)

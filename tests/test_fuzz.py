@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powercut import histories
 from powercut.cli import main
-from powercut.operations import possible
+from powercut.recording import histories
+from powercut.recording.operations import possible
 from powercut.scenario import Scenario
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="QEMU's tools are not installed")

@@ -17,15 +17,16 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from powercut import endings, loop
+from powercut import endings
 from powercut.cli import main
-from powercut.cycle import Lane
 from powercut.endings import Running
 from powercut.errors import Crashed, EnvironmentFault
 from powercut.guest.images import Image
 from powercut.guest.machine import Machine
 from powercut.guest.scratch import scratch
-from powercut.loop import Loops
+from powercut.loops import loop
+from powercut.loops.cycle import Lane
+from powercut.loops.loop import Loops
 from powercut.scenario import Loop, Recording, Scenario, Workload
 from support.guests import hardware
 

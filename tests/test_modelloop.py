@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from powercut import modelloop
+from powercut.defects import modelloop
 from powercut.errors import EnvironmentFault
 from powercut.guest.kernel import kernel
 from powercut.report import modelloop as report

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from powercut.calls import Calls, Remembered
 from powercut.crash.store import in_memory
 from powercut.errors import EnvironmentFault
+from powercut.explore.calls import Calls, Remembered
 from powercut.mount import Mount
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from powercut import sweep
+from powercut.faults import sweep
 from powercut.faults.blkdebug import Injection
+from powercut.faults.injection import Case
+from powercut.faults.powered import PoweredRig
+from powercut.faults.target import Target
 from powercut.guest.workload import Operation
-from powercut.injection import Case
-from powercut.powered import PoweredRig
-from powercut.target import Target
 from powercut.trace import Kind
 from powercut.verdict import Verdict
 from support.guests import hardware

@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from powercut.capture.holding import Gate
 from powercut.cli import main
+from powercut.faults.inflight import Case, Plan, Rig, parse
+from powercut.faults.races import Search, Tally
 from powercut.guest.control import Driver
 from powercut.guest.daemon import version
-from powercut.inflight import Case, Plan, Rig, parse
-from powercut.races import Search, Tally
 from powercut.trace import SECTOR
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-storage-daemon") is None, reason="QEMU's tools are not installed")

@@ -20,7 +20,7 @@ from powercut.cli import main
 from powercut.crash import finding as findings
 from powercut.errors import InputError
 from powercut.guest.workload import Operation, Verb
-from powercut.operations import line, operations
+from powercut.recording.operations import line, operations
 from powercut.scenario import Recording, from_options
 from powercut.trace import SECTOR, Kind, Trace
 from support.qemu import needs_qemu

@@ -14,16 +14,16 @@ import pytest
 
 from powercut.crash.explore import Task
 from powercut.crash.media import KINDS
-from powercut.journal import Journal
-from powercut.run import explore_trace, with_faults
-from powercut.session import Plan, Session
+from powercut.explore.journal import Journal
+from powercut.explore.run import explore_trace, with_faults
+from powercut.explore.session import Plan, Session
 from powercut.trace import Trace
 
 SHIPPED = Path(__file__).parents[1] / "scenarios"
 # The command as it is, but that it keeps its progress from the start, sleeps in each epoch, and counts them.
 SLOW = """
 import sys, time
-from powercut import journal
+from powercut.explore import journal
 from powercut.crash import explore
 real, (path, naps, *arguments) = explore.explore_epoch, sys.argv[1:]
 def slow(*a, **k):
@@ -155,7 +155,7 @@ def test_resuming_something_else_is_refused(tmp_path, trace):
 
 
 def test_a_journal_that_cannot_be_written_costs_only_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("powercut.journal.AFTER", 0.0)
+    monkeypatch.setattr("powercut.explore.journal.AFTER", 0.0)
     plan = Plan(str(SHIPPED / "shipped-qcow2.trace"), "qcow2")
     alone = explore_trace(plan, jobs=1)
     assert explore_trace(plan, jobs=1, journal=tmp_path / "no" / "such" / "folder") == alone

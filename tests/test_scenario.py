@@ -8,7 +8,7 @@ import pytest
 
 from powercut.errors import InputError
 from powercut.guest.workload import Verb
-from powercut.operations import operations, possible
+from powercut.recording.operations import operations, possible
 from powercut.scenario import Scenario, Workload, from_options, load, parse_size
 from powercut.trace import Kind
 

@@ -18,8 +18,8 @@ from tests.test_mount import usable
 
 from powercut.cli import main
 from powercut.crash.options import Options
-from powercut.promised import Promised
-from powercut.sets import SetPlan, explore_set
+from powercut.explore.promised import Promised
+from powercut.explore.sets import SetPlan, explore_set
 from powercut.trace import Trace
 from powercut.verdict import Verdict
 

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from powercut import stamp, sweep
+from powercut import stamp
 from powercut.cli import main
+from powercut.faults import sweep
 from powercut.faults.blkdebug import Injection
 from powercut.faults.full import PLENTY, Full, tmpfs
+from powercut.faults.injection import Case, Rig
+from powercut.faults.reopened import Fault
 from powercut.faults.server import Mishap
+from powercut.faults.target import Target
 from powercut.guest.stubborn import Served
-from powercut.injection import Case, Rig
-from powercut.reopened import Fault
 from powercut.scenario import load
-from powercut.target import Target
 from powercut.trace import Kind
 from powercut.verdict import Severity, Verdict
 from support.qemu import needs_qemu

@@ -16,10 +16,10 @@ from powercut.cli import main
 from powercut.crash.explore import EpochResult, Task
 from powercut.crash.model import epochs
 from powercut.errors import EnvironmentFault
-from powercut.run import explore_trace
-from powercut.session import Plan
+from powercut.explore.run import explore_trace
+from powercut.explore.session import Plan
+from powercut.explore.workers import Cluster, Here, Processes
 from powercut.trace import Trace
-from powercut.workers import Cluster, Here, Processes
 from support.qemu import needs_qemu
 
 SHIPPED = Path(__file__).parents[1] / "scenarios"
@@ -85,7 +85,7 @@ def test_a_killed_process_loses_no_result(tmp_path):
 
 def test_workers_that_cannot_live_are_not_tried_for_ever(monkeypatch):
     """Control: if every worker dies, that is said, and is no verdict."""
-    monkeypatch.setattr("powercut.workers.prepare", _die)
+    monkeypatch.setattr("powercut.explore.workers.prepare", _die)
     pool = Processes(1)
     plan = Plan(str(SHIPPED / "shipped-qcow2.trace"), "qcow2")
     with pytest.raises(EnvironmentFault, match="4 times in a row"):

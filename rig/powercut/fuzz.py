@@ -26,9 +26,11 @@ from typing import Any
 
 import msgspec
 
-from powercut import bundle, formats, gate, histories, record, run
+from powercut import formats, gate
 from powercut.errors import InputError, PowercutError
+from powercut.explore import bundle, run
 from powercut.guest.daemon import version
+from powercut.recording import histories, record
 from powercut.report import outcome as reports
 from powercut.scenario import Scenario
 from powercut.verdict import Verdict

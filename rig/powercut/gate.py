@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 
 import click
 
-from powercut import endings, formats, modelloop, operations, programmed, record, run, sweep
-from powercut import loop as looping
+from powercut import endings, formats
 from powercut.crash.options import atom_of
+from powercut.defects import modelloop
 from powercut.errors import EnvironmentFault, InputError, PowercutError
+from powercut.explore import programmed, run
+from powercut.explore.run import Outcome
+from powercut.explore.session import Plan
+from powercut.faults import sweep
 from powercut.formats.quire import prove
 from powercut.guest.daemon import version
+from powercut.loops import loop as looping
+from powercut.recording import operations, record
 from powercut.report import errors as errors_report
 from powercut.report import loop as loop_reports
 from powercut.report import modelloop as model_reports
@@ -26,9 +32,7 @@ from powercut.report import outcome as reports
 from powercut.report import sets as set_reports
 from powercut.report import stores as store_reports
 from powercut.report.text import progress, states
-from powercut.run import Outcome
 from powercut.scenario import Scenario, load
-from powercut.session import Plan
 from powercut.verdict import Verdict
 
 SCHEMA = "powercut.gate/1"

@@ -19,7 +19,7 @@ from powercut import fuzz
 from powercut.crash import finding as findings
 from powercut.crash.finding import Finding
 from powercut.errors import InputError
-from powercut.operations import line, operations, possible
+from powercut.recording.operations import line, operations, possible
 from powercut.scenario import Scenario, Workload, from_options, size_text
 from powercut.trace import Trace
 

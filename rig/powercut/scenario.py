@@ -118,7 +118,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Program(Struct, frozen=True, forbid_unknown_fields=True):
     """Programs in place of a guest: `before` are commands that make files in an empty directory, `command` is recorded
-    there, and all files are explored (see `powercut.sets`). `image` is the file that {} stands for in a checker."""
+    there, and all files are explored (see `powercut.explore.sets`). `image` is the file that {} stands for in a
+    checker."""
 
     command: str
     before: tuple[str, ...] = ()

@@ -11,13 +11,14 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from powercut import run, stamp
+from powercut import stamp
 from powercut.capture.logwrites import Log, import_log
 from powercut.cli import main
 from powercut.errors import InputError
+from powercut.explore import run
 from powercut.guest.daemon import Daemon, create_image
 from powercut.guest.workload import Workload, draw
-from powercut.record import import_trace
+from powercut.recording.record import import_trace
 from powercut.trace import SECTOR, Flag, Kind, Trace, TraceWriter
 from powercut.verdict import Verdict
 from support.qemu import needs_qemu

@@ -14,10 +14,10 @@ from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.media import KINDS, Damaged, Fault, Unreadable, purpose
 from powercut.crash.model import epochs
-from powercut.replay import replay
+from powercut.explore.replay import replay
+from powercut.explore.run import Outcome, explore_trace, with_faults
+from powercut.explore.session import Plan
 from powercut.report.outcome import save
-from powercut.run import Outcome, explore_trace, with_faults
-from powercut.session import Plan
 from powercut.trace import Kind, Trace
 from powercut.verdict import Verdict
 from support.histories import SECTOR, SECTORS, states, steps, write

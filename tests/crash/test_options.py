@@ -22,9 +22,9 @@ from powercut.crash.model import epochs
 from powercut.crash.options import Options
 from powercut.crash.promise import Promise
 from powercut.crash.search import Search
-from powercut.replay import replay
-from powercut.run import explore_trace
-from powercut.session import Plan
+from powercut.explore.replay import replay
+from powercut.explore.run import explore_trace
+from powercut.explore.session import Plan
 from powercut.stamp import GARBAGE, ZERO
 from powercut.trace import Kind, Trace, TraceWriter
 from powercut.verdict import Verdict

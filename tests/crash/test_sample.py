@@ -13,11 +13,11 @@ import pytest
 from powercut.crash.contents import Choice, Contents
 from powercut.crash.explore import explore_epoch, sample_epoch
 from powercut.crash.sample import samples, sizes
-from powercut.record import record
+from powercut.explore.run import explore_trace
+from powercut.explore.session import Plan
+from powercut.recording.record import record
 from powercut.report.outcome import document, text
-from powercut.run import explore_trace
 from powercut.scenario import from_options
-from powercut.session import Plan
 from powercut.trace import Kind, Trace, TraceWriter
 from powercut.verdict import Problem, Severity, Verdict
 from support.histories import SECTOR

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from powercut import run
-from powercut.record import record
+from powercut.explore import run
+from powercut.recording.record import record
 from powercut.scenario import from_options
 from powercut.trace import Kind, Trace
 from powercut.verdict import Verdict

@@ -11,7 +11,7 @@ import click
 @click.option("--trace", "trace_path", help="Where the trace is, if it was moved.")
 def bundle(finding: str, out: str, trace_path: str | None) -> None:
     """Put a FINDING and its trace into one file, which `replay` reads."""
-    from powercut import bundle as bundler
+    from powercut.explore import bundle as bundler
 
     bundler.write(finding, out, trace_path)
     click.echo(f"{out}: powercut replay {out} --out crash.img")

@@ -20,7 +20,7 @@ def defects(names: tuple[str, ...], quick: bool, seed: int, jobs: int | None, js
 
     Exits 1 if one was missed, or if something was found where there is no defect.
     """
-    from powercut import scoreboard
+    from powercut.defects import scoreboard
     from powercut.formats.qcow2.defects import CATALOGUE, find
     from powercut.report import defects as report
     from powercut.report import document

@@ -63,7 +63,8 @@ def errors(
 
     The guest goes on, repeats what failed, flushes. What was flushed must be there when the image is opened again.
     """
-    from powercut import compare, sweep
+    from powercut import compare
+    from powercut.faults import sweep
     from powercut.report import document
     from powercut.report import errors as report
     from powercut.report.text import progress

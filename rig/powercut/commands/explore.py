@@ -12,7 +12,7 @@ import click
 from powercut.commands import JOBS, JSON, SAVE
 
 if TYPE_CHECKING:
-    from powercut.sets import SetPlan
+    from powercut.explore.sets import SetPlan
 
 
 @click.command()
@@ -110,13 +110,13 @@ def explore(
     json_path: str | None,
 ) -> None:
     """Visit every crash state of TRACE and say HOLDS, BROKEN or UNKNOWN."""
-    from powercut import run
     from powercut.crash.media import KINDS
     from powercut.crash.options import Options, atom_of
+    from powercut.explore import run
+    from powercut.explore.session import RULES, Plan
+    from powercut.explore.sets import SetPlan
     from powercut.report import document, outcome
     from powercut.report.text import progress
-    from powercut.session import RULES, Plan
-    from powercut.sets import SetPlan
     from powercut.trace import Trace
 
     recording = Trace(trace)
@@ -161,7 +161,7 @@ def explore(
 
 def _several(plan: SetPlan, budget: int | None, jobs: int | None, save: Path | None, json_path: str | None) -> NoReturn:
     """Explore all files of a recording."""
-    from powercut import sets
+    from powercut.explore import sets
     from powercut.report import document, outcome
     from powercut.report import sets as report
     from powercut.report.text import progress

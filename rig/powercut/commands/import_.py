@@ -17,7 +17,7 @@ from powercut.commands import JSON
 @JSON
 def import_(log: str, base: str, out: Path, format_name: str, json_path: str | None) -> None:
     """Make a trace of LOG, a dm-log-writes file as QEMU's blklogwrites writes it."""
-    from powercut.record import import_trace
+    from powercut.recording.record import import_trace
     from powercut.report import document
     from powercut.report.text import count
 

@@ -76,7 +76,7 @@ def loop(
     Exits 0 if no loop failed (CLEAN: how much that proves is printed), 1 if one did, 3 if the guests gave no answer.
     """
     from powercut import compare
-    from powercut import loop as looping
+    from powercut.loops import loop as looping
     from powercut.report import document
     from powercut.report import loop as report
     from powercut.report.text import progress

@@ -63,8 +63,8 @@ def races(
 
     With --replay: exits 1 if the fault happens again, else 3.
     """
-    from powercut import races as racing
-    from powercut.inflight import KINDS, Plan
+    from powercut.faults import races as racing
+    from powercut.faults.inflight import KINDS, Plan
     from powercut.report import document
     from powercut.report import races as report
     from powercut.report.text import progress
@@ -73,7 +73,7 @@ def races(
         found, seen, tools = racing.replay(bundle, tries, out)
         if json_path != "-":
             click.echo(report.replayed(found, bundle, seen, tries, tools))
-        again = {"schema": "powercut.races-replay/1", "file": str(bundle), "kind": found.kind}
+        again = {"schema": "powercut.faults.races-replay/1", "file": str(bundle), "kind": found.kind}
         document.write(again | {"seen": seen, "of": tries, "tools": tools}, json_path)
         sys.exit(1 if seen else 3)
     if format is None or out is not None:

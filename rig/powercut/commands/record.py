@@ -45,7 +45,7 @@ def record(
     """Let a real QEMU write an image of FORMAT, and record everything it asks of the disk."""
     import msgspec
 
-    from powercut import record as recorder
+    from powercut.recording import record as recorder
     from powercut.report import document
     from powercut.report.text import count, progress
     from powercut.scenario import from_options

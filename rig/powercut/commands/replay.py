@@ -16,7 +16,7 @@ from powercut.commands import JSON
 @JSON
 def replay(finding: str, out: str, trace_path: str | None, json_path: str | None) -> None:
     """Write the crash image of a FINDING, and find its fault again in it."""
-    from powercut import replay as replayer
+    from powercut.explore import replay as replayer
     from powercut.report import document
 
     result = replayer.replay(finding, out, trace_path)

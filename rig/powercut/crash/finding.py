@@ -109,7 +109,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Planned(Protocol):
-    """How the trace was explored (`powercut.session.Plan`)."""
+    """How the trace was explored (`powercut.explore.session.Plan`)."""
 
     @property
     def format(self) -> str: ...

@@ -92,7 +92,7 @@ class Found(Protocol):
 
 
 class Planned(Protocol):
-    """How the trace was explored (`powercut.sets.SetPlan`)."""
+    """How the trace was explored (`powercut.explore.sets.SetPlan`)."""
 
     @property
     def options(self) -> Options: ...

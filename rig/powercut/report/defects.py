@@ -14,7 +14,7 @@ def _size(operations: int, lost: int | None) -> str:
 
 
 def text(board: Any) -> str:
-    """The board (`powercut.scoreboard.Board`) for people."""
+    """The board (`powercut.defects.scoreboard.Board`) for people."""
     width = max(len(row.defect.name) for row in board.rows)
     lines = [f"{'defect':{width}}  {'since':7}  {'kind':11}  found by"]
     for row in board.rows:

@@ -10,7 +10,7 @@ SCHEMA = "powercut.modelloop/1"
 
 
 def text(outcome: Any) -> str:
-    """The story (`powercut.modelloop.Outcome`) for people."""
+    """The story (`powercut.defects.modelloop.Outcome`) for people."""
     lines = list(outcome.story)
     if outcome.remains:
         lines += ["what is left of the image:", *(f"  {line}" for line in outcome.remains.splitlines())]

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from powercut import histories, modelled, run
 from powercut.disk import ImageDisk
+from powercut.explore import run
+from powercut.explore.session import Plan
 from powercut.formats.qcow2.check import check
 from powercut.formats.qcow2.driver import snapshots
 from powercut.formats.qcow2.driver.create import create
@@ -21,9 +22,9 @@ from powercut.formats.qcow2.driver.host import run as alone
 from powercut.formats.qcow2.driver.image import Image
 from powercut.formats.qcow2.driver.opening import open_image
 from powercut.formats.qcow2.driver.practice import Era, Practice
-from powercut.operations import possible
+from powercut.recording import histories, modelled
+from powercut.recording.operations import possible
 from powercut.scenario import Scenario
-from powercut.session import Plan
 from powercut.verdict import Verdict
 
 SECTOR = 512

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from powercut import run
+from powercut.explore import run
+from powercut.explore.session import Plan
 from powercut.formats.qcow2.check import check
 from powercut.formats.qcow2.driver.create import create
 from powercut.formats.qcow2.driver.host import Failing, MemoryFile, Recorded, Until
 from powercut.formats.qcow2.driver.host import run as alone
 from powercut.formats.qcow2.driver.opening import open_image
 from powercut.formats.qcow2.driver.schedule import Together
-from powercut.session import Plan
 from powercut.trace import TraceWriter
 from powercut.verdict import Verdict
 

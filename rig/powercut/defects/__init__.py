@@ -1,0 +1,1 @@
+"""Planted defects, and which way of looking finds each."""
