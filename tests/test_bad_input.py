@@ -185,7 +185,7 @@ def test_a_full_disk_under_the_results(tiny, tmp_path):
 def test_nothing_outlives_a_killed_exploration(trace, tmp_path):
     """Its worker processes end with it, and what it kept can be resumed."""
     slow = checker(tmp_path, "time.sleep(0.3)")
-    code = "from powercut import journal; journal.AFTER = 0; from powercut.cli import main; main()"
+    code = "from powercut.explore import journal; journal.AFTER = 0; from powercut.cli import main; main()"
     command = [sys.executable, "-c", code, "explore", str(trace), "--checker", slow, "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     progress = tmp_path / "t.trace.progress"

@@ -105,7 +105,8 @@ def test_bisect_skips_what_cannot_be_judged(tmp_path, words):
 
 @pytest.mark.parametrize(("breaking", "code"), [("raise OSError(32, 'pipe')", 125), ("sys.exit(1)", 1), ("1 / 0", 125)])
 def test_bisect_takes_a_bug_of_ours_for_none_of_qemus(breaking, code):
-    program = f"import sys; from powercut import cli, sweep\ndef run(*a, **k):\n    {breaking}\nsweep.run = run\n"
+    program = "import sys; from powercut import cli; from powercut.faults import sweep\n"
+    program += f"def run(*a, **k):\n    {breaking}\nsweep.run = run\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{program}cli.main(['errors', 'raw', '--bisect'])"], capture_output=True, text=True
     )

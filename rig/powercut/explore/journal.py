@@ -48,6 +48,7 @@ class Journal:
         self.fault: str | None = None
         self._begin = time.monotonic()
         self._fd = -1
+        self._resumed = resume
         head = _Head(SCHEMA, __version__, trace_hash, replace(plan, trace=""))
         self._waiting = [msgspec.json.encode(head)]
         if resume:
@@ -110,7 +111,7 @@ class Journal:
 
     def done(self) -> None:
         """The exploration came to its end: nothing is left to resume."""
-        if self._fd >= 0:
+        if self._fd >= 0 or self._resumed:
             self.path.unlink(missing_ok=True)
         self.close()
 
