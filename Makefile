@@ -21,6 +21,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/loops.py
+	$(BIN)/python benchmarks/defects.py
+	$(BIN)/python benchmarks/rescue.py
+	$(BIN)/python benchmarks/quire_qcow2.py
 
 soak: setup
 	$(PYTEST) -m slow --hypothesis-profile=soak

@@ -305,7 +305,18 @@ def deltas(scratch: Path) -> None:
                 for place in range(0, size, MIB):
                     disk.write(place, chance.randbytes(MIB))
                 disk.flush()
-            words = ["rsync", "-a", "--inplace", "--no-whole-file", "--stats", "-B", "4096", f"{source}/", f"{target}/"]
+            words = [
+                "rsync",
+                "-a",
+                "--ignore-times",
+                "--inplace",
+                "--no-whole-file",
+                "--stats",
+                "-B",
+                "4096",
+                f"{source}/",
+                f"{target}/",
+            ]
             subprocess.run(words, check=True, capture_output=True)
             with contextlib.ExitStack() as stack:
                 if name == "quire":
