@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -57,17 +57,34 @@ class Legal(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class Finding(msgspec.Struct, frozen=True):
+class Saved(msgspec.Struct, frozen=True):
+    """What every finding in a file says: which recording, by its path and its digest, and who wrote it."""
+
+    schema: str
+    powercut: str
+    trace: str
+    trace_hash: str
+
+    def encode(self) -> bytes:
+        """The finding as JSON, as it stands."""
+        return msgspec.json.format(msgspec.json.encode(self))
+
+    def of_trace(self, path: str) -> Self:
+        """The same finding, for a copy of its trace at `path`."""
+        return msgspec.structs.replace(self, trace=path)
+
+    def save(self, path: Path) -> None:
+        """Write the finding; the trace's path becomes relative to it."""
+        path.write_bytes(self.of_trace(os.path.relpath(self.trace, path.parent)).encode())
+
+
+class Finding(Saved, frozen=True):
     """See the module. `checker` is the command that judged, if one did; `patches` what it had written before it was
     cut off itself. `seen` counts the sectors or entries for which these decisions break this rule; `order` says
     what had to be on disk before what; `fault` is what the medium did besides. `whole`, `survivors` (the order) and
     `torn` are choices of the fault model (`powercut.crash.options`). `found` are the bytes that a guest's sector holds
     (base64 in JSON), `expected` what it might have held; `qemu` is the version that was recorded."""
 
-    schema: str
-    powercut: str
-    trace: str
-    trace_hash: str
     format: str
     atom: int
     position: int
@@ -94,18 +111,6 @@ class Finding(msgspec.Struct, frozen=True):
     def retold(self, decisions: list[Decided], others: Literal["lost", "survived"], order: str) -> Finding:
         """The same broken rule, by these decisions."""
         return msgspec.structs.replace(self, decisions=decisions, others=others, order=order)
-
-    def encode(self) -> bytes:
-        """The finding as JSON, as it stands."""
-        return msgspec.json.format(msgspec.json.encode(self))
-
-    def of_trace(self, path: str) -> Finding:
-        """The same finding, for a copy of its trace at `path`."""
-        return msgspec.structs.replace(self, trace=path)
-
-    def save(self, path: Path) -> None:
-        """Write the finding; the trace's path becomes relative to it."""
-        path.write_bytes(self.of_trace(os.path.relpath(self.trace, path.parent)).encode())
 
 
 class Planned(Protocol):

@@ -16,7 +16,7 @@ import msgspec
 from powercut import __version__
 from powercut.crash.contents import Choice
 from powercut.crash.fileset import CrashSet, Told
-from powercut.crash.finding import same_trace
+from powercut.crash.finding import Saved, same_trace
 from powercut.crash.options import Options
 from powercut.crash.search import Search
 from powercut.crash.settled import Patch, apply, files_at, root_of, write_out
@@ -43,13 +43,9 @@ class Settled(msgspec.Struct, frozen=True):
     chosen: int
 
 
-class SetFinding(msgspec.Struct, frozen=True):
+class SetFinding(Saved, frozen=True):
     """See the module. `patches` are what recoveries made of the files before they were cut off themselves."""
 
-    schema: str
-    powercut: str
-    trace: str
-    trace_hash: str
     options: Options
     position: int
     level: int
@@ -62,18 +58,6 @@ class SetFinding(msgspec.Struct, frozen=True):
     image: str
     decisions: list[Settled]
     patches: list[Patch] = []
-
-    def of_trace(self, path: str) -> SetFinding:
-        """The same finding, for a copy of its trace at `path`."""
-        return msgspec.structs.replace(self, trace=path)
-
-    def encode(self) -> bytes:
-        """The finding as JSON, as it stands."""
-        return msgspec.json.format(msgspec.json.encode(self))
-
-    def save(self, path: Path) -> None:
-        """Write the finding; the trace's path becomes relative to it."""
-        path.write_bytes(self.of_trace(os.path.relpath(self.trace, path.parent)).encode())
 
 
 class Found(Protocol):
