@@ -57,7 +57,7 @@ class SetFinding(Saved, frozen=True):
     checker: str
     image: str
     decisions: list[Settled]
-    patches: list[Patch] = []
+    patches: list[Patch] = msgspec.field(default_factory=list)
 
 
 class Found(Protocol):
