@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,12 @@ from quire.extents import extents
 from quire.image import Image
 from quire.layout import SECTOR
 from quire.nbd import Server
+from quire.seal import Progress, quiet
 from quire.sets import Set
 from quire.store import RealFile
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _STEP = 1 << 20
 _PERCENT = re.compile(r"\(?(\d+(?:\.\d+)?)/100%")
-
-
-def quiet(done: int, of: int) -> None:
-    """A progress that nobody watches."""
 
 
 def about(path: Path, format: str | None) -> tuple[str, int]:

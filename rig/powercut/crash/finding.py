@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -170,20 +170,28 @@ def describe(trace: Trace, event: int) -> str:
     return f"as the {kind} of {about['length']} bytes at {about['offset']:#x} left it"
 
 
-def load(path: str) -> Finding:
-    """Read a finding. Raises InputError."""
+AnyFinding = TypeVar("AnyFinding", bound=Saved)
+
+
+def read(path: str, kind: type[AnyFinding], schema: str) -> AnyFinding:
+    """Read a finding of this kind and schema; its trace's path becomes one from here. Raises InputError."""
     try:
-        finding = msgspec.json.decode(Path(path).read_bytes(), type=Finding)
+        finding = msgspec.json.decode(Path(path).read_bytes(), type=kind)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a finding: {error}") from None
-    if finding.schema != SCHEMA:
-        raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {SCHEMA!r}")
+    if finding.schema != schema:
+        raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {schema!r}")
+    return finding.of_trace(os.path.normpath(os.path.join(os.path.dirname(path), finding.trace)))
+
+
+def load(path: str) -> Finding:
+    """Read a finding. Raises InputError."""
+    finding = read(path, Finding, SCHEMA)
     if finding.atom <= 0 or finding.atom % SECTOR:
         raise InputError(f"{path}: atom {finding.atom} is not a multiple of {SECTOR} bytes")
-    beside = os.path.normpath(os.path.join(os.path.dirname(path), finding.trace))
-    return msgspec.structs.replace(finding, trace=beside)
+    return finding
 
 
 class OfTrace(Protocol):

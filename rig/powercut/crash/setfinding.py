@@ -6,7 +6,6 @@ JSON, schema `powercut.set-finding/1`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ import msgspec
 from powercut import __version__
 from powercut.crash.contents import Choice
 from powercut.crash.fileset import CrashSet, Told
-from powercut.crash.finding import Saved, same_trace
+from powercut.crash.finding import Saved, read, same_trace
 from powercut.crash.options import Options
 from powercut.crash.search import Search
 from powercut.crash.settled import Patch, apply, files_at, root_of, write_out
@@ -149,15 +148,7 @@ def is_one(path: str) -> bool:
 
 def load(path: str) -> SetFinding:
     """Read a finding. Raises InputError."""
-    try:
-        finding = msgspec.json.decode(Path(path).read_bytes(), type=SetFinding)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a finding: {error}") from None
-    if finding.schema != SCHEMA:
-        raise InputError(f"{path}: schema {finding.schema!r}, this powercut reads {SCHEMA!r}")
-    return msgspec.structs.replace(finding, trace=os.path.normpath(os.path.join(os.path.dirname(path), finding.trace)))
+    return read(path, SetFinding, SCHEMA)
 
 
 def write_state(finding: SetFinding, trace: Trace, target: str) -> list[str]:
