@@ -32,6 +32,7 @@ from powercut.crash.model import epochs
 from powercut.crash.options import DEFAULT, Options
 from powercut.crash.recovery import Overlay, RecoveredDisk
 from powercut.errors import EnvironmentFault, InputError
+from powercut.guest.lifetime import with_parent
 from powercut.trace import SECTOR, Trace, TraceWriter
 from powercut.verdict import Problem, Severity
 from quire.nbd import Server
@@ -101,8 +102,6 @@ class External:
             raise EnvironmentFault(f"checker {self._words[0]!r} was not found")
         if not any("{}" in word or "{dir}" in word for word in self._words):
             self._words.append("{}")
-        setpriv = shutil.which("setpriv")
-        self._with_parent = [setpriv, "--pdeathsig", "KILL"] if setpriv else []  # no program outlives who runs it
         self._depth = depth
         self._own = own
         self._options = replace(options, atom=SECTOR, lying=0)
@@ -121,10 +120,9 @@ class External:
 
         Raises Unjudged if it has no opinion."""
         words = [word.replace("{}", image).replace("{dir}", directory or "") for word in self._words]
-        words = [*self._with_parent, *words]
         try:
             done = subprocess.run(
-                words,
+                with_parent(words),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import select
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from powercut import stamp
 from powercut.errors import EnvironmentFault
 from powercut.guest.daemon import tool
+from powercut.guest.lifetime import with_parent
 from powercut.guest.nbd_client import Client, Reply
 from powercut.trace import SECTOR
 from quire.nbd_protocol import Command, Data
@@ -74,12 +74,13 @@ class Control:
         mine, its = socket.socketpair()
         command = [tool("qemu-storage-daemon"), "--nbd-server", f"addr.type=unix,addr.path={self._path}"]
         command += ["--chardev", f"socket,id=qmp,fd={its.fileno()}", "--monitor", "chardev=qmp"]
-        with_parent = shutil.which("setpriv")
-        if with_parent:  # or a daemon would outlive a process that is killed
-            command = [with_parent, "--pdeathsig", "KILL", *command]
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the daemon)
         self._process = subprocess.Popen(
-            command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._said
+            with_parent(command),
+            pass_fds=[its.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
         )
         its.close()
         self._socket, self._received = mine, b""

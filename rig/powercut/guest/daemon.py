@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from powercut.errors import EnvironmentFault
+from powercut.guest.lifetime import with_parent
 from powercut.guest.nbd_client import Client
 
 _PATIENCE = 20.0  # seconds until the daemon must serve, or must have ended
@@ -69,7 +70,8 @@ class Daemon:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        command = with_parent(self._command)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + _PATIENCE
         while not Path(self._socket).exists():
             if self._process.poll() is not None:

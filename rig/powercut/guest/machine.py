@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any, Self, TypeVar
 
 from powercut.errors import Crashed, EnvironmentFault, Unanswered
 from powercut.guest.agent import Agent
+from powercut.guest.lifetime import with_parent
 
 PATIENCE = 30.0  # seconds for an answer to a command, and for an end that was asked for
 T = TypeVar("T")
@@ -109,11 +109,9 @@ class Machine:
         self, given: list[socket.socket], environment: Mapping[str, str] | None
     ) -> subprocess.Popen[bytes]:
         """In the thread of the event loop: the kernel ends QEMU when the thread that started it ends."""
-        setpriv = shutil.which("setpriv")
-        with_parent = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
         with open(self.folder / "stderr", "wb") as said:
             return subprocess.Popen(
-                [*with_parent, *self.command],
+                with_parent(self.command),
                 pass_fds=[end.fileno() for end in given],
                 stdin=subprocess.DEVNULL,
                 stdout=said,
