@@ -15,16 +15,18 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.store import RecordingStore
-from powercut.crash.explore import ENOUGH, MORE, SPENT, Unjudged
-from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, tell
+from powercut.crash.explore import ENOUGH, MORE, SPENT, Searched, Task, Unjudged
+from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, of_recording, tell
 from powercut.crash.model import CHANGES, epochs
 from powercut.crash.options import Options
+from powercut.crash.rounds import rounds
+from powercut.crash.sample import Sampled, look, sampled
 from powercut.crash.search import BudgetSpent, Search
 from powercut.crash.settled import Patch, differences
 from powercut.crash.store import SetFile, SetStore
@@ -107,6 +109,7 @@ class StoreOutcome:
     runs: int = 0  # of programs that judged
     findings: list[StoreFinding] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    sampled: Sampled | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -125,16 +128,25 @@ class StoreOutcome:
             "checks": self.checks,
         }
 
-    def add(self, other: StoreOutcome) -> None:
-        """Count `other` epochs in."""
-        self.epochs += other.epochs
-        self.exhausted += other.exhausted
-        self.undecided += other.undecided
-        self.log2_states += other.log2_states
-        self.checks += other.checks
-        self.runs += other.runs
-        self.findings += other.findings
-        self.reasons += [reason for reason in other.reasons if reason not in self.reasons]
+
+@dataclass(slots=True)
+class _Visited(Searched[StoreFinding]):
+    """What the search says of one epoch."""
+
+
+def _concluded(epochs: Sequence[_Visited], seed: int) -> StoreOutcome:
+    """The outcome of all epochs."""
+    return StoreOutcome(
+        epochs=len(epochs),
+        exhausted=sum(epoch.exhausted for epoch in epochs),
+        undecided=sum(epoch.undecided_atoms for epoch in epochs),
+        log2_states=sum(epoch.log2_states for epoch in epochs),
+        checks=sum(epoch.checks for epoch in epochs),
+        runs=sum(epoch.runs for epoch in epochs),
+        findings=[found for epoch in epochs for found in epoch.found],
+        reasons=list(dict.fromkeys(epoch.unknown for epoch in epochs if epoch.unknown)),
+        sampled=sampled(epochs, seed),
+    )
 
 
 class _Known:
@@ -172,25 +184,31 @@ class _Epoch:
         self.found: dict[tuple[str, str, int], StoreFinding] = {}
         self._more = MORE
 
-    def run(self, position: int) -> StoreOutcome:
-        self.position = position
-        counts = self.files.alternatives()
-        result = StoreOutcome(1, 0, len(counts), float(sum(np.log2(counts))) if counts else 0.0)
+    def run(self, task: Task, seed: int) -> _Visited:
+        """Exhaust the epoch that ends at `task.position`, or look at a sample of its states."""
+        self.position = task.position
+        counts, undone = self.files.alternatives(), self.files.undone()
+        result = _Visited(task.index, task.position, undecided_atoms=len(counts), events=len(undone))
+        result.log2_states = float(np.log2(counts).sum()) if counts else 0.0
         ran = getattr(self.judge, "runs", 0)
         try:
-            self.search.explore(self._whole)
-            result.exhausted = int(not self.found)
+            if task.sampled:
+                for way in look(self.search, self._whole, undone, seed + task.index, of_recording):
+                    result.sampled[way] = result.sampled.get(way, 0) + 1
+            else:
+                self.search.explore(self._whole)
+                result.exhausted = not self.found
         except _Enough:
             pass
         except BudgetSpent:
-            result.reasons.append(SPENT)
+            result.unknown = SPENT
         except KeyboardInterrupt:
-            result.reasons.append(INTERRUPTED)
+            result.unknown = INTERRUPTED
         except (Nondeterministic, Unjudged) as error:
-            result.reasons.append(str(error))
+            result.unknown = str(error)
         result.checks = self.search.checks
         result.runs = getattr(self.judge, "runs", 0) - ran
-        result.findings = list(self.found.values())
+        result.found = list(self.found.values())
         return result
 
     def _whole(self) -> None:
@@ -251,67 +269,80 @@ def explore_store(
     budget: int | None = None,
     positions: Sequence[int] | None = None,
     jobs: int = 1,
+    seed: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> StoreOutcome:
     """Run `judge` on every crash state of the store recorded in `trace`, at the end of each epoch, or at `positions`.
 
-    `budget` bounds the checks of one epoch. Processes are forked, so `judge` may be anything. `progress` is told the
-    epochs done, and all. Ctrl-C ends the search: what was found until then is the outcome, and it says so.
-    Raises InputError if the trace cannot be used."""
+    `budget` bounds the checks; what it does not suffice for is sampled, with `seed`. Processes are forked, so `judge`
+    may be anything. `progress` is told the epochs done, and all. Ctrl-C ends the search: what was found until then is
+    the outcome, and it says so. Raises InputError if the trace cannot be used."""
     ends = list(positions) if positions is not None else epochs(Trace(trace))
-
     done = multiprocessing.get_context("fork").Value("l")
+    stopped = False
 
-    def walk(part: Sequence[int]) -> StoreOutcome:
+    def walk(tasks: Sequence[Task]) -> list[_Visited]:
         recording = Trace(trace)
         recording.verify()
         files = FileSet(recording, options)
-        outcome = StoreOutcome()
+        visited: list[_Visited] = []
         entered = judge if isinstance(judge, AbstractContextManager) else nullcontext()
-        looked = 0
         try:
             with entered, tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
-                for position in part:
-                    files.advance(position)
-                    outcome.add(_Epoch(files, judge, depth, budget, scratch).run(position))
-                    looked += 1
-                    if INTERRUPTED in outcome.reasons:
+                for task in tasks:
+                    files.advance(task.position)
+                    visited.append(_Epoch(files, judge, depth, task.budget, scratch).run(task, seed))
+                    if visited[-1].unknown == INTERRUPTED:
                         break
                     with done:
                         done.value += 1
                     if jobs == 1:
-                        progress(done.value, len(ends))
-        except KeyboardInterrupt:
-            outcome.reasons.append(INTERRUPTED)
-        outcome.epochs += len(part) - looked
-        return outcome
+                        progress(done.value, len(tasks))
+        except KeyboardInterrupt:  # between two epochs
+            visited.append(_Visited(tasks[len(visited)].index, tasks[len(visited)].position, unknown=INTERRUPTED))
+        return visited
 
-    if jobs == 1 or len(ends) < 2:
-        return walk(ends)
+    def explore(tasks: list[Task]) -> list[_Visited]:
+        nonlocal stopped
+        done.value = 0
+        visited = walk(tasks) if jobs == 1 or len(tasks) < 2 else _in_processes(walk, tasks, jobs, done, progress)
+        stopped = any(epoch.unknown == INTERRUPTED for epoch in visited)
+        return visited
+
+    empty = [_Visited(index, position) for index, position in enumerate(ends)]
+    return _concluded(rounds(empty, budget, explore, lambda: stopped), seed)
+
+
+Walk = Callable[[Sequence[Task]], list[_Visited]]
+
+
+def _in_processes(
+    walk: Walk, tasks: Sequence[Task], jobs: int, done: Any, progress: Callable[[int, int], None]
+) -> list[_Visited]:
+    """`tasks` dealt out in turn: neighbouring epochs take about as long."""
     global _forked
     _forked = walk
-    outcome = StoreOutcome()
-    # Dealt out in turn: neighbouring epochs take about as long.
+    visited: list[_Visited] = []
     with (
         interruptions_are_its_own(),
         ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), signal.signal, _IGNORE) as pool,
     ):
-        futures = {pool.submit(_walk, ends[i::jobs]) for i in range(jobs)}
+        futures = {pool.submit(_walk, tasks[i::jobs]) for i in range(min(jobs, len(tasks)))}
         while futures:
             ended, futures = wait(futures, timeout=0.2)
             for future in ended:
-                outcome.add(future.result())
-            progress(done.value, len(ends))
-    return outcome
+                visited += future.result()
+            progress(done.value, len(tasks))
+    return sorted(visited, key=lambda epoch: epoch.index)
 
 
-_forked: Callable[[Sequence[int]], StoreOutcome]
+_forked: Walk
 _IGNORE = (signal.SIGINT, signal.SIG_IGN)  # where there is nothing to interrupt
 
 
-def _walk(part: Sequence[int]) -> StoreOutcome:
+def _walk(tasks: Sequence[Task]) -> list[_Visited]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return _forked(part)
+        return _forked(tasks)
     finally:
         signal.signal(*_IGNORE)

@@ -334,3 +334,43 @@ def test_several_directories(tmp_path):
 
     explore_store(path, judge)
     assert found == {((), ()), ((), ("x",)), (("x",), ("x",))}
+
+
+FILES = 14  # names in flight: 16,384 states
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("drop one", set(range(FILES)) - {0}),
+        ("keep one", {1}),
+        ("prefix", set(range(7))),
+        ("pairs", set(range(FILES)) - {0, 9}),
+        ("none", None),
+    ],
+)
+def test_a_sample_finds_what_the_budget_does_not_come_to(tmp_path, planted, name, state):
+    """One bad state of 16,384, far from where the search begins; without one the verdict is UNKNOWN all the same."""
+    path = tmp_path / "t"
+    with TraceWriter(path, {}) as writer:
+        store = RecordingStore(in_memory(), writer)
+        for number in range(FILES):
+            store.create(f"{number:02}")
+    wanted = None if state is None else [f"{number:02}" for number in sorted(state)]
+
+    def judge(case: Case) -> None:
+        if case.store.names() == wanted:
+            case.report(Problem("order", "names", 0, Severity.CORRUPT, "this and nothing else"))
+
+    for jobs in (1, 2):
+        outcome = explore_store(path, judge, budget=500, jobs=jobs)
+        assert outcome.sampled is not None, "the search did not come to it"
+        assert outcome.checks <= 500
+        if state is None:
+            assert (outcome.verdict, outcome.reasons, outcome.findings) == (Verdict.UNKNOWN, ["budget spent"], [])
+            assert outcome.sampled.done["drop one"] == outcome.sampled.of["drop one"]
+        else:
+            planted(f"the one bad state of several files: {name}", outcome.verdict is Verdict.BROKEN)
+            assert outcome.verdict is Verdict.BROKEN
+            survived = {told.event - 1 for told in outcome.findings[0].decisions if not told.durable}
+            assert survived == state, "event 0 is the tree as it was"

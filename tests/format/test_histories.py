@@ -27,7 +27,7 @@ ALPHABET = (
 )
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _LAST = 2  # epochs explored of a long history, from its end
-_CHECKS = 400  # of each of them
+_CHECKS = 400  # for each of them
 
 
 def ending(folder: Path, history: list[str], features: int) -> StoreOutcome:
@@ -116,7 +116,7 @@ def drawn(history: list[str], records: str) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         trace, judge = recorded(Path(folder), history, RECORDS[records], range(2))
         last = epochs(Trace(trace))[-_LAST:]
-        outcome = explore_store(trace, judge, depth=0, positions=last, budget=_CHECKS)
+        outcome = explore_store(trace, judge, depth=0, positions=last, budget=_CHECKS * len(last))
         assert outcome.verdict is not Verdict.BROKEN, "\n".join(map(str, outcome.findings))
 
 

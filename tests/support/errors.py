@@ -61,7 +61,7 @@ class Failing:
             raise OSError(self.error, "planted", file)
 
 
-_CHECKS = 2000  # of each epoch; where a failed sync leaves more open than that, it is a sample
+_CHECKS = 2000  # for each epoch; where a failed sync leaves more open than that, it is a sample
 _EPOCHS = 3  # explored after the failure, and the last one
 
 
@@ -74,10 +74,10 @@ def with_errors(folder: Path, history: Sequence[str], features: int, error: int)
         failing = Failing(at, error)
         record(lines, SIZE, SLOTS, path, features, failing)
         if failing.struck:
-            yield (
-                failing.struck,
-                explore_store(path, Quire(Promises(path, lines)), depth=0, positions=_soon(path), budget=_CHECKS),
-            )
+            soon = _soon(path)
+            checks = _CHECKS * len(soon)
+            judge = Quire(Promises(path, lines))
+            yield failing.struck, explore_store(path, judge, depth=0, positions=soon, budget=checks)
         if failing.count <= at:
             return
 

@@ -123,7 +123,7 @@ def explore(
     grain, whole = atom_of(atom)
     if recording.file("image") is None:
         options = Options(grain, lying_flushes, directory, sizes, whole, order, torn)
-        _several(SetPlan(trace, options, checker, image, recovery_depth), budget, jobs, save, json_path)
+        _several(SetPlan(trace, options, checker, image, recovery_depth, seed), budget, jobs, save, json_path)
     format_name = format_name or str(recording.meta.get("format", ""))
     if not format_name:
         raise click.UsageError(f"{trace} does not say which format it is of: give --format")

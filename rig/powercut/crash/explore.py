@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.media import Fault
 from powercut.crash.promise import Promise
-from powercut.crash.sample import samples, surviving
+from powercut.crash.sample import look
 from powercut.crash.search import BudgetSpent, Decision, Search
 from powercut.crash.survival import OF_WRITES, log2_states
 from powercut.errors import Nondeterministic
@@ -55,23 +55,33 @@ class Found:
     fault: Fault | None = None
 
 
+class Broken(Protocol):
+    """A finding, of an image or of several files."""
+
+    @property
+    def problem(self) -> Problem: ...
+
+
+AnyFound = TypeVar("AnyFound", bound=Broken)
+
+
 @dataclass(slots=True)
-class EpochResult:
+class Searched(Generic[AnyFound]):
     """What the search says of one epoch."""
 
     index: int
     position: int
     checks: int = 0
     exhausted: bool = False
-    undecided_atoms: int = 0
+    undecided_atoms: int = 0  # of several files: sizes and changes of names too
     log2_states: float = 0.0
-    found: list[Found] = field(default_factory=list)
+    found: list[AnyFound] = field(default_factory=list)
     unknown: str | None = None  # why nothing certain can be said, if so
     runs: int = 0  # of a program that judged
     events: int = 0  # in flight, where states were sampled
     sampled: dict[str, int] = field(default_factory=dict)  # states looked at, by the way they were chosen
 
-    def add(self, sample: EpochResult) -> None:
+    def add(self, sample: Searched[AnyFound]) -> None:
         """Count a sample of the same epoch in."""
         self.checks += sample.checks
         self.runs += sample.runs
@@ -80,6 +90,11 @@ class EpochResult:
         self.found += [found for found in sample.found if found.problem.key not in known]
         if sample.unknown not in (None, SPENT):
             self.unknown = sample.unknown
+
+
+@dataclass(slots=True)
+class EpochResult(Searched[Found]):
+    """The same of one image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +208,12 @@ def sample_epoch(
 ) -> EpochResult:
     """Look at single states of that epoch (`powercut.crash.sample`), in at most `budget` checks."""
     visit = _Visit(index, contents, judge, sets, budget)
-    flight = contents.in_flight_atoms()
-    issued = np.unique(flight.event[flight.event >= 0]).tolist()
+    flight = contents.in_flight_atoms().event
+    issued = np.unique(flight[flight >= 0]).tolist()
 
     def run() -> None:
-        for survivors in (frozenset[int](), frozenset(issued)):  # this shows which atoms the check reads
-            visit.search.sample(visit.whole, surviving(survivors))
-        read = [atom for disk, atom in visit.search.asked if disk == 0]
-        matter = set(flight.event[np.isin(flight.atom, read)].tolist())
-        first = sorted(issued, key=lambda event: event not in matter)
-        for sample in samples(issued, first, seed):
-            visit.search.sample(visit.whole, sample.policy)
-            visit.result.sampled[sample.way] = visit.result.sampled.get(sample.way, 0) + 1
+        for way in look(visit.search, visit.whole, issued, seed):
+            visit.result.sampled[way] = visit.result.sampled.get(way, 0) + 1
 
     visit.result.events = len(issued)
     return visit.ended(run)

@@ -73,6 +73,10 @@ class FileSet:
         files = [*self.contents.values(), *self.sizes.values()]
         return sorted({event for file in files for event in file.in_flight})
 
+    def undone(self) -> list[int]:
+        """Those, and the changes of names in flight."""
+        return sorted({*self.flight(), *(change.event for change in self.names.in_flight)})
+
     def alternatives(self) -> list[int]:
         """How many alternatives each undecided thing has: atoms (or writes), sizes, and changes of names."""
         counts: list[int] = []
@@ -242,6 +246,11 @@ class Told:
     disk: int  # with `atom`: which question it answers
     atom: int
     chosen: int
+
+
+def of_recording(disk: int) -> bool:
+    """Whether the disk called by this number is of the recorded program's files, not of what a recovery did."""
+    return disk >> _BITS < _KINDS
 
 
 def of_contents(disk: int) -> bool:

@@ -6,18 +6,20 @@
     random               each atom by itself: half the time as if nothing had survived
 
 The ways take turns, so that a budget of any size goes to all of them. Writes on atoms that the check was seen to
-read, which is where the metadata is, come first in each.
+read, which is where the metadata is, come first in each. Changes of names and of sizes count as writes do.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from powercut.crash.contents import Choice
-from powercut.crash.search import Policy
+from powercut.crash.search import Policy, Search
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,19 @@ class Sample:
     policy: Policy
 
 
-def surviving(events: frozenset[int]) -> Policy:
-    """Answers as if of all that is in flight just `events` had survived."""
+Own = Callable[[int], bool]  # whether what is on the disk with this number is of the recording, not of a recovery
+
+
+def of_image(disk: int) -> bool:
+    """`Own` where there is one file."""
+    return disk <= 0
+
+
+def surviving(events: frozenset[int], own: Own = of_image) -> Policy:
+    """Answers as if of all that is in flight just `events` had survived, and of what a recovery did nothing."""
 
     def chosen(disk: int, choice: Choice) -> int:
-        if disk > 0:  # what a recovery wrote is another recording
+        if not own(disk):
             return 0
         return max((i for i, event in enumerate(choice.events) if i and event in events), default=0)
 
@@ -54,7 +64,49 @@ def sizes(events: int) -> dict[str, int]:
     return {"drop one": events, "keep one": events, "prefix": events + 1, "pairs": pairs, "random": 0}
 
 
-def samples(issued: Sequence[int], first: Sequence[int], seed: int) -> Iterator[Sample]:
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was looked at where a budget did not suffice: states `done` of `of` (0: without end) in each way."""
+
+    epochs: int
+    seed: int
+    done: Counter[str]
+    of: Counter[str]
+
+
+class Looked(Protocol):
+    """An epoch that may have been sampled (`powercut.crash.explore.Searched`)."""
+
+    events: int
+    sampled: dict[str, int]
+
+
+def sampled(epochs: Iterable[Looked], seed: int) -> Sampled | None:
+    """What was looked at in all `epochs`; None if none was sampled."""
+    looked = [epoch for epoch in epochs if epoch.sampled]
+    done: Counter[str] = Counter()
+    of: Counter[str] = Counter()
+    for epoch in looked:
+        done.update(epoch.sampled)
+        of.update(sizes(epoch.events))
+    return Sampled(len(looked), seed, done, of) if looked else None
+
+
+def look(
+    search: Search, whole: Callable[[], None], issued: Sequence[int], seed: int, own: Own = of_image
+) -> Iterator[str]:
+    """Run `whole` on single states until the budget of `search` is spent (BudgetSpent); yields by which way each was
+    chosen. `issued`: the events in flight in the order of issue."""
+    for survivors in (frozenset[int](), frozenset(issued)):  # this shows what the check reads
+        search.sample(whole, surviving(survivors, own))
+    matter = {event for (disk, _), events in search.asked.items() if own(disk) for event in events}
+    first = sorted(issued, key=lambda event: event not in matter)
+    for sample in samples(issued, first, seed, own):
+        search.sample(whole, sample.policy)
+        yield sample.way
+
+
+def samples(issued: Sequence[int], first: Sequence[int], seed: int, own: Own = of_image) -> Iterator[Sample]:
     """States to look at, without end. `issued`: the events in flight in the order of issue; `first`: the same, those
     that matter most first."""
     whole = frozenset(issued)
@@ -71,7 +123,7 @@ def samples(issued: Sequence[int], first: Sequence[int], seed: int) -> Iterator[
         for way, sets in turns.items():
             events = next(sets, None)
             if events is not None:
-                yield Sample(way, surviving(events))
+                yield Sample(way, surviving(events, own))
         yield Sample("random", at_random(rnd))
 
 

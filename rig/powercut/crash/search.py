@@ -51,13 +51,14 @@ class BudgetSpent(Exception):
 
 class Search:
     """`checks` counts runs of a check or of a part; `budget` is the most there may be, or None. `path` lists the
-    decisions that hold now, in the order in which they were made, `asked` the (disk, atom) of all there ever were."""
+    decisions that hold now, in the order in which they were made, `asked` the (disk, atom) of all there ever were, with
+    the events that the answers are of."""
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
         self.checks = 0
         self.path: list[Decision] = []
-        self.asked: set[tuple[int, int]] = set()
+        self.asked: dict[tuple[int, int], tuple[int, ...]] = {}
         self._decided: dict[tuple[int, int], Decision] = {}
         self._script: list[Decision] = []
         self._policy: Policy | None = None
@@ -83,7 +84,7 @@ class Search:
         if self._assumed is not None and (answer := self._assumed(disk, choice)) is not None:
             return Decision(disk, choice, answer)
         chosen = 0
-        self.asked.add((disk, choice.atom))
+        self.asked[disk, choice.atom] = choice.events
         if self._policy is not None:
             chosen = self._policy(disk, choice)
         elif self._script:
@@ -106,7 +107,7 @@ class Search:
         Afterwards the decisions made so far stand as before.
         """
         base, outer, policy = len(self.path), self._script, self._policy
-        self._script, self._policy = [], None
+        self._script = []
         runs = 0
         try:
             while not (self._sampling and runs == _FEW):
@@ -117,6 +118,9 @@ class Search:
                     raise Nondeterministic("a check given the same answers ended before it had read as much as before")
                 script = self.path[base:]
                 self._forget(base)
+                if self._policy is not None and script:  # a sample of this part too, before others
+                    self._policy = None
+                    continue
                 while script and script[-1].chosen + 1 == len(script[-1].choice.contents):
                     script.pop()
                 if not script:
@@ -128,7 +132,8 @@ class Search:
             self._script, self._policy = outer, policy
 
     def sample(self, whole: Callable[[], None], policy: Policy) -> None:
-        """Run `whole` once, with the answers of `policy`; the parts it explores get a few runs each.
+        """Run `whole` once, with the answers of `policy`; the parts it explores get a few runs each, the first with
+        these answers too.
 
         Raises BudgetSpent before a run that `budget` does not allow.
         """

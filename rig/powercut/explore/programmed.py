@@ -30,6 +30,7 @@ def run(scenario: Scenario, trace: Path, jobs: int | None) -> SetOutcome:
         scenario.explore.checker,
         scenario.program.image,
         scenario.explore.recovery_depth,
+        scenario.explore.seed,
     )
     return explore_set(plan, budget=scenario.explore.budget, jobs=jobs)
 

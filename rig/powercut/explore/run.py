@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from powercut import formats
-from powercut.crash.explore import SPENT, EpochResult, Found, Task
+from powercut.crash.explore import EpochResult, Found, Task
 from powercut.crash.finding import Finding
 from powercut.crash.media import draw
 from powercut.crash.model import epochs
-from powercut.crash.sample import sizes
+from powercut.crash.rounds import rounds
+from powercut.crash.sample import Sampled, sampled
 from powercut.errors import InputError
 from powercut.explore.explain import explain, namer
 from powercut.explore.journal import Journal
@@ -24,7 +24,6 @@ from powercut.trace import Trace
 from powercut.verdict import Severity, Verdict
 
 _PER_GROUP = 3  # findings kept for each rule and kind
-_RESERVE = 4  # one part in so many of a budget is for samples
 _FEW = 200  # epochs: fewer are not worth starting processes for
 
 Progress = Callable[[int, int], None]  # epochs done, epochs in all
@@ -43,16 +42,6 @@ class Coverage:
     exhausted: bool = False
     faults: dict[str, Struck] = field(default_factory=dict)
     sampled: Sampled | None = None
-
-
-@dataclass(slots=True)
-class Sampled:
-    """What was looked at where the budget did not suffice: states `done` of `of` (0: without end) in each way."""
-
-    epochs: int
-    seed: int
-    done: Counter[str]
-    of: Counter[str]
 
 
 @dataclass(slots=True)
@@ -84,16 +73,15 @@ class Outcome:
 class _Exploration:
     """One exploration under way. `interrupted`: it was cut short, and what is missing stays unknown."""
 
-    def __init__(self, plan: Plan, trace: Trace, pool: Workers, journal: Journal | None, done: Progress) -> None:
+    def __init__(self, plan: Plan, pool: Workers, journal: Journal | None, done: Progress) -> None:
         self._plan = plan
         self._pool = pool
         self._journal = journal
         self._done = done
-        self._positions = _positions(plan, trace)
         self.visited: set[int] = set()
         self.interrupted = False
 
-    def _explore(self, tasks: list[Task]) -> list[EpochResult]:
+    def explore(self, tasks: list[Task]) -> list[EpochResult]:
         """The results of `tasks` that there are in the end, in their order."""
         known = self._journal.known if self._journal is not None else {}
         left = {task.index: task for task in tasks if task not in known}
@@ -110,34 +98,6 @@ class _Exploration:
             self._pool.abandon()
         self.visited |= results.keys()
         return [results[task.index] for task in tasks if task.index in results]
-
-    def rounds(self, budget: int | None) -> list[EpochResult]:
-        """Explore every epoch; a budget is shared out evenly, and what some did not need goes to those that want more.
-        A part is kept back: where it did not suffice, it looks at a sample of the states.
-
-        The shares do not depend on the number of processes, so neither does the verdict.
-        """
-        positions = self._positions
-        results = {i: EpochResult(i, p, unknown=SPENT if budget else None) for i, p in enumerate(positions)}
-        if budget is None:
-            for result in self._explore([Task(i, p, None) for i, p in enumerate(positions)]):
-                results[result.index] = result
-            return list(results.values())
-        reserve = budget // _RESERVE
-        budget -= reserve
-        left, share = list(results), budget // len(results)
-        if not share:  # fewer checks than epochs: one each for some, from the first to the last
-            left, share = left[:: -(-len(left) // budget)], 1
-        while left and share > max(results[i].checks for i in left) and not self.interrupted:
-            for result in self._explore([Task(i, positions[i], share) for i in left]):
-                results[result.index] = result
-                budget -= result.checks
-            left = [i for i in results if results[i].unknown == SPENT]
-            share = budget // len(left) if left else 0
-        if left and (share := (budget + reserve) // len(left)) and not self.interrupted:
-            for sampled in self._explore([Task(i, positions[i], share, True) for i in left]):
-                results[sampled.index].add(sampled)
-        return list(results.values())
 
 
 def _positions(plan: Plan, trace: Trace) -> list[int]:
@@ -182,13 +142,15 @@ def explore_trace(
         raise InputError(f"{plan.trace}: has no image")
     formats.find(plan.format)
     kept = Journal(journal, plan, trace.hash, resume) if journal is not None else None
-    count = len(_positions(plan, trace))
+    ends = _positions(plan, trace)
+    count = len(ends)
     slow = plan.checker is not None or bool(plan.faults)
     most = count if slow else -(-count // 64) if count >= _FEW else 1
     jobs = min(jobs or os.cpu_count() or 1, most)
     with workers(trace, jobs, cluster) as pool:
-        exploration = _Exploration(plan, trace, pool, kept, progress)
-        results = exploration.rounds(budget)
+        exploration = _Exploration(plan, pool, kept, progress)
+        empty = [EpochResult(index, position) for index, position in enumerate(ends)]
+        results = rounds(empty, budget, exploration.explore, lambda: exploration.interrupted)
     outcome = conclude(plan, trace, results)
     if exploration.interrupted:
         outcome.reasons.append(f"interrupted after {len(exploration.visited):,} of {count:,} epochs")
@@ -212,7 +174,7 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
         runs=sum(result.runs for result in results),
         exhausted=all(result.exhausted for result in results),
     )
-    coverage.sampled = _sampled(plan, results)
+    coverage.sampled = sampled(results, plan.seed)
     reasons = sorted({result.unknown for result in results if result.unknown})
     reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]
     if "acknowledged" in plan.rules and trace.file("guest") is None and not plan.checker:
@@ -226,17 +188,6 @@ def conclude(plan: Plan, trace: Trace, results: Sequence[EpochResult]) -> Outcom
     verdict = Verdict.BROKEN if broken else Verdict.UNKNOWN if reasons or not coverage.exhausted else Verdict.HOLDS
     scope = str(trace.meta.get("scope", "overlap"))
     return Outcome(verdict, plan, scope, coverage, _group(plan, trace, found), reasons)
-
-
-def _sampled(plan: Plan, results: Sequence[EpochResult]) -> Sampled | None:
-    looked = [result for result in results if result.sampled]
-    if not looked:
-        return None
-    sampled = Sampled(len(looked), plan.seed, Counter(), Counter())
-    for result in looked:
-        sampled.done.update(result.sampled)
-        sampled.of.update(sizes(result.events))
-    return sampled
 
 
 def _struck(plan: Plan, results: Sequence[EpochResult]) -> dict[str, Struck]:

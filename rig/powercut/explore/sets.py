@@ -31,13 +31,14 @@ _KEPT = 3  # findings of each rule and kind
 @dataclass(frozen=True, slots=True)
 class SetPlan:
     """What to explore and how. `checker` is a command; None: images are judged by what is known of them. `image` is
-    the file that {} stands for in the command."""
+    the file that {} stands for in the command; `seed`: what is drawn, is drawn with this."""
 
     trace: str
     options: Options = DEFAULT
     checker: str | None = None
     image: str | None = None
     recovery_depth: int = 1
+    seed: int = 1
 
 
 @dataclass(slots=True)
@@ -125,7 +126,6 @@ def explore_set(
     judge = judge_of(plan, trace)
     ends = epochs(trace)
     positions = judge.positions(ends)
-    share = None if budget is None else max(1, budget // max(1, len(positions)))
     found = StoreOutcome()
     if positions:
         found = explore_store(
@@ -133,9 +133,10 @@ def explore_set(
             judge,
             depth=plan.recovery_depth,
             options=plan.options,
-            budget=share,
+            budget=budget,
             positions=positions,
             jobs=min(jobs or os.cpu_count() or 1, len(positions)),
+            seed=plan.seed,
             progress=progress,
         )
     reasons = found.reasons + judge.reasons

@@ -83,7 +83,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
             "checks": coverage.checks,
             "runs": coverage.runs if outcome.plan.checker else None,
             "exhausted": coverage.exhausted,
-            "sampled": _sampled(coverage.sampled),
+            "sampled": sampled_document(coverage.sampled),
             "faults": {
                 kind: {"laid": s.laid, "silent": s.silent, "noticed": s.noticed, "harmless": s.harmless}
                 for kind, s in coverage.faults.items()
@@ -109,7 +109,8 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
     }
 
 
-def _sampled(sample: Any) -> dict[str, Any] | None:
+def sampled_document(sample: Any) -> dict[str, Any] | None:
+    """What was looked at where the budget did not suffice, as JSON."""
     if sample is None:
         return None
     ways = {way: {"done": done, "of": sample.of[way] or None} for way, done in sample.done.items()}

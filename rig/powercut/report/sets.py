@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from powercut.report.outcome import Saved
+from powercut.report.outcome import Saved, sampled, sampled_document
 from powercut.report.text import count, states, verdict_word
 
 SCHEMA = "powercut.set-verdict/1"
@@ -33,6 +33,7 @@ def document(outcome: Any, saved: list[Saved]) -> dict[str, Any]:
             "log2_states": round(found.log2_states, 1),
             "checks": found.checks,
             "runs": outcome.runs,
+            "sampled": sampled_document(found.sampled),
         },
         "findings": [
             msgspec.to_builtins(item.finding, builtin_types=(bytes,))
@@ -62,6 +63,8 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     lines.append(
         f"  programs run {count(outcome.runs, 'time')}, crashes inside what they write {plan.recovery_depth} deep"
     )
+    if found.sampled is not None:
+        lines.append(f"  sampled  {sampled(found.sampled)}")
     if outcome.scope != "overlap":
         lines.append(f"  scope    {outcome.scope}: requests in flight at the same time were not recorded as such")
     lines += [f"  because  {reason}" for reason in outcome.reasons]

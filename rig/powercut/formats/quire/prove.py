@@ -44,5 +44,6 @@ def prove(scenario: Scenario, jobs: int | None = None) -> StoreOutcome:
             depth=scenario.explore.recovery_depth,
             options=Options(lying=scenario.explore.lying_flushes),
             budget=scenario.explore.budget,
+            seed=scenario.explore.seed,
             jobs=jobs or os.cpu_count() or 1,
         )
