@@ -58,7 +58,7 @@ class Work:
     def explore(self, *options: str) -> tuple[int, dict[str, object], str]:
         where = self.folder.parent
         arguments = ["explore", self.trace, "--jobs", "1", "--save", str(where / "f"), "--json", str(where / "j")]
-        result = CliRunner().invoke(main, [*arguments, *options])
+        result = CliRunner().invoke(main, [*arguments, *options], catch_exceptions=False)
         assert (where / "j").exists(), result.output
         return result.exit_code, json.loads((where / "j").read_text()), result.output
 
@@ -196,7 +196,15 @@ def test_committing_a_chain_holds_and_a_lying_disk_breaks_it(work, planted):
     code, said, output = work.explore("--recovery-depth", "0", "--lying-flushes", "1", "--budget", "40")
     planted("a commit on a disk whose last flush lied", code == 1)
     assert code == 1, output
-    assert "content" in {finding["rule"] for finding in said["findings"]}
+    worst = said["findings"][0]
+    assert (worst["rule"], worst["others"]) == ("content", "survived")
+    assert [decided["file"] for decided in worst["decisions"]] == ["base.qcow2"], "one lost sector"
+    assert worst["order"].startswith("base.qcow2 at 0x40000 had to be on disk"), "the base's L2 table"
+    bundle, out = str(work.folder.parent / "b"), str(work.folder.parent / "crashed")
+    assert CliRunner().invoke(main, ["bundle", worst["file"], "--out", bundle]).exit_code == 0
+    Path(work.trace).unlink()
+    replayed = CliRunner().invoke(main, ["replay", bundle, "--out", out])
+    assert "confirmed on the written state" in replayed.output
 
 
 CHECK = """

@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,8 +28,9 @@ from powercut.crash.model import CHANGES, epochs
 from powercut.crash.options import Options
 from powercut.crash.rounds import rounds
 from powercut.crash.sample import Sampled, look, sampled
-from powercut.crash.search import BudgetSpent, Search
-from powercut.crash.settled import Patch, differences
+from powercut.crash.search import BudgetSpent, Decision, OneState, Policy, Search
+from powercut.crash.settled import Patch, differences, files_at
+from powercut.crash.shrink import reduced
 from powercut.crash.store import SetFile, SetStore
 from powercut.errors import Nondeterministic
 from powercut.trace import Kind, Trace, TraceWriter
@@ -37,6 +39,7 @@ from quire.store import File, Store
 
 DEFAULT = Options()
 INTERRUPTED = "interrupted"
+KEPT = 3  # findings of each rule and kind
 # Thousands of recoveries are recorded and forgotten: in memory, where there is a place for it.
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _CONTENT = [*CHANGES, Kind.TRUNCATE]
@@ -86,6 +89,8 @@ class StoreFinding:
     problem: Problem
     decisions: tuple[Told, ...]
     patches: tuple[Patch, ...] = ()  # what recoveries made of the state of level 0
+    others: Literal["lost", "survived"] = "lost"  # what else was in flight
+    needs: tuple[Told, ...] = ()  # of what survived: what has to have, for the rule to break
 
     def __str__(self) -> str:
         lines = [f"{self.problem.rule}: {self.problem.text}", f"  crash before position {self.position}"]
@@ -94,6 +99,7 @@ class StoreFinding:
             where = f" at {told.offset:,}" if told.what == "content" else ""
             level = f" (recovery {told.level})" if told.level else ""
             lines.append(f"  {told.what} of {told.file}{where}: {state}{level}")
+        lines.append(f"  everything else in flight: {self.others}")
         return "\n".join(lines)
 
 
@@ -173,15 +179,16 @@ class _Enough(Exception):
 class _Epoch:
     """The search of one epoch."""
 
-    def __init__(self, files: FileSet, judge: Judge, depth: int, budget: int | None, scratch: str) -> None:
+    def __init__(self, files: FileSet, judge: Judge, depth: int, search: Search, scratch: str) -> None:
         self.files = files
         self.judge = judge
         self.depth = depth
         self.scratch = scratch
-        self.search = Search(budget)
+        self.search = search
         self.traces = {0: files.trace}
         self.directories = {f.name: Node(0, f.id) for f in files.trace.files if f.role == "directory"}
         self.found: dict[tuple[str, str, int], StoreFinding] = {}
+        self.paths: dict[tuple[str, str, int], list[Decision]] = {}  # what each rests on
         self._more = MORE
 
     def run(self, task: Task, seed: int) -> _Visited:
@@ -211,6 +218,13 @@ class _Epoch:
         result.found = list(self.found.values())
         return result
 
+    def state(self, position: int) -> Sequence[StoreFinding]:
+        """What is wrong with the one state of a `OneState`."""
+        self.position = position
+        with suppress(Nondeterministic, Unjudged):  # what was found until then stands
+            self._check(CrashSet(self.files, self.search), 0)
+        return list(self.found.values())
+
     def _whole(self) -> None:
         self._check(CrashSet(self.files, self.search), 0)
         self._more -= bool(self.found)
@@ -228,6 +242,7 @@ class _Epoch:
             if problem.key not in self.found:
                 told = tuple(tell(decision, self.traces) for decision in self.search.path)
                 patches = self._patches(state) if level else ()
+                self.paths[problem.key] = self.search.path[:]
                 self.found[problem.key] = StoreFinding(self.position, level, problem, told, patches)
 
         known = _Known(self.files.options.atom)
@@ -249,6 +264,10 @@ class _Epoch:
             files.advance(position)
             crashed = CrashSet(files, self.search, state, level + 1, known.nodes)
             self.search.explore(lambda crashed=crashed: self._check(crashed, level + 1))  # type: ignore[misc]
+
+
+def _entered(judge: Judge) -> AbstractContextManager[Any]:
+    return judge if isinstance(judge, AbstractContextManager) else nullcontext()
 
 
 def _distinct(trace: Trace) -> list[int]:
@@ -286,12 +305,11 @@ def explore_store(
         recording.verify()
         files = FileSet(recording, options)
         visited: list[_Visited] = []
-        entered = judge if isinstance(judge, AbstractContextManager) else nullcontext()
         try:
-            with entered, tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
+            with _entered(judge), tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
                 for task in tasks:
                     files.advance(task.position)
-                    visited.append(_Epoch(files, judge, depth, task.budget, scratch).run(task, seed))
+                    visited.append(_Epoch(files, judge, depth, Search(task.budget), scratch).run(task, seed))
                     if visited[-1].unknown == INTERRUPTED:
                         break
                     with done:
@@ -311,6 +329,63 @@ def explore_store(
 
     empty = [_Visited(index, position) for index, position in enumerate(ends)]
     return _concluded(rounds(empty, budget, explore, lambda: stopped), seed)
+
+
+def chosen(findings: Sequence[StoreFinding]) -> list[StoreFinding]:
+    """Of each rule and kind the `KEPT` findings with the fewest decisions, the worst first."""
+    seen: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for one in sorted(findings, key=lambda one: (-one.problem.severity, len(one.decisions), one.position)):
+        key = (one.problem.rule, one.problem.kind)
+        seen[key] += 1
+        if seen[key] <= KEPT:
+            kept.append(one)
+    return kept
+
+
+def shrunk(
+    trace: str | Path, judge: Judge, findings: Sequence[StoreFinding], options: Options = DEFAULT
+) -> list[StoreFinding]:
+    """The `findings`, each with as little lost as will do (`powercut.crash.shrink`). Ctrl-C leaves the rest as they
+    are."""
+    less = list(findings)
+    if not less:
+        return less
+    recording = Trace(trace)
+    with (
+        _entered(judge),
+        tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch,
+        suppress(KeyboardInterrupt),
+    ):
+        for number, one in enumerate(less):
+            less[number] = _reduced(files_at(recording, options, one.position), judge, one, scratch)
+    return less
+
+
+def _reduced(files: FileSet, judge: Judge, found: StoreFinding, scratch: str) -> StoreFinding:
+    """The same broken rule, by a state in which little was lost."""
+    problem = found.problem
+    epoch: _Epoch
+
+    def same(policy: Policy) -> StoreFinding | None:
+        nonlocal epoch
+        epoch = _Epoch(files, judge, found.level, OneState(policy), scratch)
+        for one in epoch.state(found.position):
+            if (one.problem.rule, one.problem.kind, one.level) == (problem.rule, problem.kind, found.level):
+                return one
+        return None
+
+    def breaks(policy: Policy) -> list[Decision] | None:
+        found = same(policy)
+        return None if found is None else epoch.paths[found.problem.key]
+
+    less = reduced(files, {(told.disk, told.atom): told.chosen for told in found.decisions}, breaks)
+    last = None if less is None else same(less.policy)
+    if less is None or last is None:
+        return found
+    decisions = tuple(tell(decision, epoch.traces) for decision in less.lost)
+    needs = tuple(tell(decision, epoch.traces) for decision in less.needs)
+    return replace(last, decisions=decisions, others="survived", needs=needs)
 
 
 Walk = Callable[[Sequence[Task]], list[_Visited]]

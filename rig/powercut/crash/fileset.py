@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from powercut.crash.contents import Contents
+from powercut.crash.contents import Choice, Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.names import Change, Names
 from powercut.crash.options import Options
@@ -76,6 +76,22 @@ class FileSet:
     def undone(self) -> list[int]:
         """Those, and the changes of names in flight."""
         return sorted({*self.flight(), *(change.event for change in self.names.in_flight)})
+
+    def newest(self, disk: int, choice: Choice) -> int:
+        """The answer by which nothing is lost; of what a recovery did, the last one that there is."""
+        what, id = _told(disk)
+        last = len(choice.contents) - 1
+        if not of_recording(disk):
+            return last
+        if what == _SIZES:
+            possible = list(self.sizes[id].possible())
+            newest = self.sizes[id].newest()
+            return possible.index(newest) if newest in possible else last
+        if what == _FILES:
+            if self.options.order == "issue":  # a torn write: there is what was before, and what it made
+                return 1
+            return next(content for event, content in reversed(self.contents[id].layers(choice)) if event >= 0)
+        return last
 
     def alternatives(self) -> list[int]:
         """How many alternatives each undecided thing has: atoms (or writes), sizes, and changes of names."""
@@ -248,6 +264,11 @@ class Told:
     chosen: int
 
 
+def _told(disk: int) -> tuple[int, int]:
+    """What the disk with this number is of, and of which file."""
+    return (disk >> _BITS) % _KINDS, disk & ((1 << _BITS) - 1)
+
+
 def of_recording(disk: int) -> bool:
     """Whether the disk called by this number is of the recorded program's files, not of what a recovery did."""
     return disk >> _BITS < _KINDS
@@ -255,13 +276,12 @@ def of_recording(disk: int) -> bool:
 
 def of_contents(disk: int) -> bool:
     """Whether the disk called by this number is a file's content, not a size or a name."""
-    return (disk >> _BITS) % _KINDS == _FILES
+    return _told(disk)[0] == _FILES
 
 
 def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
     """What a decision means. `traces` are those of the levels."""
-    kind, id = decision.disk >> _BITS, decision.disk & ((1 << _BITS) - 1)
-    level, what = divmod(kind, _KINDS)
+    level, (what, id) = (decision.disk >> _BITS) // _KINDS, _told(decision.disk)
     trace = traces[level]
     durable = decision.chosen == 0
     answer = (decision.disk, decision.choice.atom, decision.chosen)

@@ -164,3 +164,33 @@ class Search:
         for decision in self.path[length:]:
             del self._decided[decision.disk, decision.choice.atom]
         del self.path[length:]
+
+
+class OneState(Search):
+    """No search: one state, in which `answers` says how every question turns out."""
+
+    def __init__(self, answers: Policy) -> None:
+        super().__init__()
+        self._answers = answers
+
+    @contextmanager
+    def assuming(self, answers: Callable[[int, Choice], int | None]) -> Iterator[None]:
+        """Nothing: all is answered."""
+        yield
+
+    def decide(self, disk: int, choice: Choice) -> Decision:
+        """Answer a question that was not put before."""
+        decision = Decision(disk, choice, self._answers(disk, choice))
+        self.path.append(decision)
+        self._decided[disk, choice.atom] = decision
+        return decision
+
+    def explore(self, part: Callable[[], None]) -> None:
+        """Run `part`: its reads turn out in one way."""
+        base = len(self.path)
+        part()
+        self._forget(base)
+
+    def answering(self, policy: Policy, part: Callable[[], None]) -> None:
+        """Run `part`: all is answered."""
+        part()

@@ -1,14 +1,13 @@
 """A finding on several files: one crash state of a directory that breaks a rule, as a file that brings it back.
 
-Like `powercut.crash.finding`, with decisions on names, sizes and contents. Everything else that was in flight was lost.
-JSON, schema `powercut.set-finding/1`.
+Like `powercut.crash.finding`, with decisions on names, sizes and contents. JSON, schema `powercut.set-finding/1`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -17,13 +16,14 @@ from powercut.crash.contents import Choice
 from powercut.crash.fileset import CrashSet, Told
 from powercut.crash.finding import Saved, read, same_trace
 from powercut.crash.options import Options
-from powercut.crash.search import Search
+from powercut.crash.search import OneState
 from powercut.crash.settled import Patch, apply, files_at, root_of, write_out
 from powercut.errors import InputError
 from powercut.trace import Kind, Trace
 from powercut.verdict import Problem
 
 SCHEMA = "powercut.set-finding/1"
+_SAID = 3  # things that are named in a sentence
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -43,7 +43,8 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class SetFinding(Saved, frozen=True):
-    """See the module. `patches` are what recoveries made of the files before they were cut off themselves."""
+    """See the module. What was in flight besides was lost or survived as `others` says. `patches` are what recoveries
+    made of the files before they were cut off themselves; `order` says what had to be on disk before what."""
 
     options: Options
     position: int
@@ -57,6 +58,13 @@ class SetFinding(Saved, frozen=True):
     image: str
     decisions: list[Settled]
     patches: list[Patch] = msgspec.field(default_factory=list)
+    others: Literal["lost", "survived"] = "lost"
+    order: str = ""
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """The decisions, neighbours put together."""
+        return stretches(self.decisions, self.options.atom)
 
 
 class Found(Protocol):
@@ -72,6 +80,10 @@ class Found(Protocol):
     def decisions(self) -> tuple[Told, ...]: ...
     @property
     def patches(self) -> tuple[Patch, ...]: ...
+    @property
+    def others(self) -> Literal["lost", "survived"]: ...
+    @property
+    def needs(self) -> tuple[Told, ...]: ...
 
 
 class Planned(Protocol):
@@ -105,11 +117,57 @@ def from_found(found: Found, plan: Planned, trace: Trace) -> SetFinding:
         image=plan.image or "",
         decisions=[_settled(told, trace) for told in found.decisions],
         patches=list(found.patches),
+        others=found.others,
+        order=_order(found, plan.options.atom, trace),
     )
 
 
+class Stretch(NamedTuple):
+    """Decisions that are alike, on neighbouring atoms of one file; `end` is where they end, in bytes."""
+
+    first: Settled
+    end: int
+
+    def __str__(self) -> str:
+        what, file, begin = self.first.what, self.first.file, self.first.offset
+        whose = f" (of recovery {self.first.level})" if self.first.level else ""
+        if what == "content":
+            return f"{file} at {begin:#x}" + (f" to {self.end:#x}" if self.end > begin else "") + whose
+        return (f"the size of {file}" if what == "size" else self.first.write) + whose
+
+
+def stretches(decisions: Sequence[Settled], atom: int) -> list[Stretch]:
+    """Decisions, neighbours put together."""
+    found: list[Stretch] = []
+    for one in sorted(decisions, key=lambda one: (one.level, one.file, one.what, one.offset)):
+        if found:
+            first, end = found[-1]
+            alike = all(getattr(first, name) == getattr(one, name) for name in ("level", "file", "event", "lost"))
+            if alike and first.what == one.what == "content" and end + atom == one.offset:
+                found[-1] = Stretch(first, one.offset)
+                continue
+        found.append(Stretch(one, one.offset))
+    return found
+
+
+def _order(found: Found, atom: int, trace: Trace) -> str:
+    """What had to be on disk before what; "" where that was not found out."""
+    if found.others == "lost":
+        return ""
+
+    def words(items: Sequence[Told]) -> str:
+        said = list(dict.fromkeys(str(one) for one in stretches([_settled(told, trace) for told in items], atom)))
+        return " and ".join(said[:_SAID]) + (f" and {len(said) - _SAID:,} more" if len(said) > _SAID else "")
+
+    lost = words(found.decisions) or "what was done only later"
+    before = words(found.needs)
+    return f"{lost} had to be on disk {f'before {before}' if before else 'by then'}"
+
+
 def _settled(told: Told, trace: Trace) -> Settled:
-    write = "" if told.level else _words(trace, told)
+    write = _words(trace, told)
+    if told.level:
+        write = ("as before" if told.durable else "as left by") + " the recovery"
     return Settled(
         told.level,
         told.file,
@@ -154,23 +212,19 @@ def load(path: str) -> SetFinding:
 def write_state(finding: SetFinding, trace: Trace, target: str) -> list[str]:
     """Write the state of the finding out as files under `target`. Raises InputError."""
     same_trace(finding, trace)
+    files = files_at(trace, finding.options, finding.position)
     answers = {(settled.disk, settled.atom): settled.chosen for settled in finding.decisions}
 
     def policy(disk: int, choice: Choice) -> int:
-        chosen = answers.get((disk, choice.atom), 0)
+        chosen = answers.get((disk, choice.atom))
+        if chosen is None:
+            return files.newest(disk, choice) if finding.others == "survived" else 0
         if chosen >= len(choice.contents):
             raise InputError(
                 f"the finding does not fit: content {chosen} of {len(choice.contents)}, atom {choice.atom}"
             )
         return chosen
 
-    search = Search()
-    written: list[str] = []
-
-    def whole() -> None:
-        state = CrashSet(files_at(trace, finding.options, finding.position), search)
-        written.extend(write_out(state, root_of(trace), target))
-
-    search.answering(policy, whole)
+    written = write_out(CrashSet(files, OneState(policy)), root_of(trace), target)
     apply(finding.patches, target)
     return written

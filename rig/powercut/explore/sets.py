@@ -21,11 +21,9 @@ from powercut.explore.external import External
 from powercut.explore.outside import Outside
 from powercut.explore.promised import Promised
 from powercut.formats.probe import CHECKS
-from powercut.stores import DEFAULT, Case, StoreOutcome, explore_store
+from powercut.stores import DEFAULT, INTERRUPTED, Case, StoreOutcome, chosen, explore_store, shrunk
 from powercut.trace import Trace
 from powercut.verdict import Problem, Severity, Verdict
-
-_KEPT = 3  # findings of each rule and kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +137,9 @@ def explore_set(
             seed=plan.seed,
             progress=progress,
         )
+    findings = chosen(found.findings)
+    if INTERRUPTED not in found.reasons:
+        findings = shrunk(plan.trace, judge, findings, plan.options)
     reasons = found.reasons + judge.reasons
     reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]
     reasons += [f"{name} was changed in ways that were not recorded ({', '.join(ways)})" for name, ways in _past(trace)]
@@ -155,22 +156,10 @@ def explore_set(
         found.runs,
         len(ends) - len(positions),
         judge.judged,
-        _chosen(found, plan, trace),
+        [from_found(one, plan, trace) for one in findings],
         reasons,
     )
 
 
 def _past(trace: Trace) -> list[tuple[str, list[str]]]:
     return sorted(trace.meta.get("past", {}).items())
-
-
-def _chosen(found: StoreOutcome, plan: SetPlan, trace: Trace) -> list[SetFinding]:
-    """A few findings of each rule and kind, those with the fewest decisions first."""
-    kept: dict[tuple[str, str], int] = {}
-    chosen = []
-    for one in sorted(found.findings, key=lambda one: (-one.problem.severity, len(one.decisions), one.position)):
-        key = (one.problem.rule, one.problem.kind)
-        kept[key] = kept.get(key, 0) + 1
-        if kept[key] <= _KEPT:
-            chosen.append(from_found(one, plan, trace))
-    return chosen

@@ -72,11 +72,15 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
         finding: Any = item.finding
         lines += ["", f"  {finding.severity} ({finding.rule}): {finding.text}"]
         lines.append(f"    crash before position {finding.position:,} of the trace, where")
-        for decided in finding.decisions:
+        for decided, end in finding.stretches:
             fate = "lost    " if decided.lost else "survived"
             where = f" at {decided.offset:#x}" if decided.what == "content" else ""
+            to = f" to {end:#x}" if end > decided.offset else ""
             level = f", in recovery {decided.level}" if decided.level else ""
-            lines.append(f"    {fate}  {decided.what} of {decided.file}{where}: {decided.write}{level}")
-        lines.append("    lost      everything else in flight")
+            later = ", nothing later" if finding.others == "survived" and not (decided.lost or decided.level) else ""
+            lines.append(f"    {fate}  {decided.what} of {decided.file}{where}{to}: {decided.write}{level}{later}")
+        lines.append(f"    {finding.others:8}  everything else in flight")
+        if finding.order:
+            lines.append(f"    so: {finding.order}")
         lines.append(f"    {replay(item)}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from powercut.formats.quire.history import parse, record
 from powercut.formats.quire.judge import Quire
 from powercut.formats.quire.promises import Promises
 from powercut.scenario import Scenario, parse_size
-from powercut.stores import StoreOutcome, explore_store
+from powercut.stores import INTERRUPTED, StoreOutcome, chosen, explore_store, shrunk
 from quire.errors import QuireError
 from quire.layout import CHECKED_RECORDS
 
@@ -38,12 +38,17 @@ def prove(scenario: Scenario, jobs: int | None = None) -> StoreOutcome:
             record(lines, parse_size(scenario.size), scenario.quire.slots, trace, features)
         except QuireError as error:
             raise InputError(f"the history cannot be done: {error}") from None
-        return explore_store(
+        judge, options = Quire(Promises(trace, lines)), Options(lying=scenario.explore.lying_flushes)
+        outcome = explore_store(
             trace,
-            Quire(Promises(trace, lines)),
+            judge,
             depth=scenario.explore.recovery_depth,
-            options=Options(lying=scenario.explore.lying_flushes),
+            options=options,
             budget=scenario.explore.budget,
             seed=scenario.explore.seed,
             jobs=jobs or os.cpu_count() or 1,
         )
+        outcome.findings = chosen(outcome.findings)
+        if INTERRUPTED not in outcome.reasons:
+            outcome.findings = shrunk(trace, judge, outcome.findings, options)
+        return outcome
