@@ -27,6 +27,7 @@ from quire.store import File, Store
 PUNCH_HOLE, KEEP_SIZE, ZERO_RANGE = 2, 1, 16  # linux/falloc.h
 _PATIENCE = 10.0  # seconds that mounting may take
 _STEP = 1 << 20
+LOOKING = frozenset({"getattr", "readdir", "read"})  # calls that change nothing
 Result = TypeVar("Result")
 
 

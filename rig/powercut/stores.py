@@ -221,14 +221,13 @@ class _Epoch:
     def state(self, position: int) -> Sequence[StoreFinding]:
         """What is wrong with the one state of a `OneState`."""
         self.position = position
-        with suppress(Nondeterministic, Unjudged):  # what was found until then stands
+        with suppress(Nondeterministic, Unjudged, _Enough):  # what was found until then stands
             self._check(CrashSet(self.files, self.search), 0)
         return list(self.found.values())
 
     def _whole(self) -> None:
         self._check(CrashSet(self.files, self.search), 0)
-        self._more -= bool(self.found)
-        if self._more == 0 or len(self.found) >= ENOUGH:
+        if len(self.found) >= ENOUGH:
             raise _Enough
 
     def _patches(self, state: State) -> tuple[Patch, ...]:
@@ -251,6 +250,9 @@ class _Epoch:
             store = RecordingStore(SetStore(state, self.directories), writer, known)
             case = Case(store, self.files, state, self.position, level, report, self.search, self.directories)
             self.judge(case)
+        self._more -= bool(self.found)
+        if self._more == 0:  # also deep in a recovery: its states may be without end
+            raise _Enough
         if level >= self.depth:
             return
         trace = Trace(path)
@@ -297,32 +299,37 @@ def explore_store(
     may be anything. `progress` is told the epochs done, and all. Ctrl-C ends the search: what was found until then is
     the outcome, and it says so. Raises InputError if the trace cannot be used."""
     ends = list(positions) if positions is not None else epochs(Trace(trace))
-    done = multiprocessing.get_context("fork").Value("l")
+    taken, done = (multiprocessing.get_context("fork").Value("l") for _ in range(2))
     stopped = False
 
     def walk(tasks: Sequence[Task]) -> list[_Visited]:
+        """The next task, again and again: a file set goes forward only."""
         recording = Trace(trace)
         recording.verify()
         files = FileSet(recording, options)
         visited: list[_Visited] = []
-        try:
-            with _entered(judge), tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
-                for task in tasks:
+        with _entered(judge), tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
+            while not (visited and visited[-1].unknown == INTERRUPTED):
+                with taken:
+                    number = taken.value
+                    taken.value += 1
+                if number >= len(tasks):
+                    break
+                task = tasks[number]
+                try:
                     files.advance(task.position)
                     visited.append(_Epoch(files, judge, depth, Search(task.budget), scratch).run(task, seed))
-                    if visited[-1].unknown == INTERRUPTED:
-                        break
-                    with done:
-                        done.value += 1
-                    if jobs == 1:
-                        progress(done.value, len(tasks))
-        except KeyboardInterrupt:  # between two epochs
-            visited.append(_Visited(tasks[len(visited)].index, tasks[len(visited)].position, unknown=INTERRUPTED))
+                except KeyboardInterrupt:
+                    visited.append(_Visited(task.index, task.position, unknown=INTERRUPTED))
+                with done:
+                    done.value += 1
+                if jobs == 1:
+                    progress(done.value, len(tasks))
         return visited
 
     def explore(tasks: list[Task]) -> list[_Visited]:
         nonlocal stopped
-        done.value = 0
+        taken.value = done.value = 0
         visited = walk(tasks) if jobs == 1 or len(tasks) < 2 else _in_processes(walk, tasks, jobs, done, progress)
         stopped = any(epoch.unknown == INTERRUPTED for epoch in visited)
         return visited
@@ -394,7 +401,7 @@ Walk = Callable[[Sequence[Task]], list[_Visited]]
 def _in_processes(
     walk: Walk, tasks: Sequence[Task], jobs: int, done: Any, progress: Callable[[int, int], None]
 ) -> list[_Visited]:
-    """`tasks` dealt out in turn: neighbouring epochs take about as long."""
+    """`walk` in several processes, which take `tasks` from one another."""
     global _forked
     _forked = walk
     visited: list[_Visited] = []
@@ -402,7 +409,7 @@ def _in_processes(
         interruptions_are_its_own(),
         ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), signal.signal, _IGNORE) as pool,
     ):
-        futures = {pool.submit(_walk, tasks[i::jobs]) for i in range(min(jobs, len(tasks)))}
+        futures = {pool.submit(_walk, tasks) for _ in range(min(jobs, len(tasks)))}
         while futures:
             ended, futures = wait(futures, timeout=0.2)
             for future in ended:

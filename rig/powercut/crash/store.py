@@ -60,10 +60,19 @@ class _Live:
         if length <= 0:
             return b""
         first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
-        if not any(page in self._pages for page in range(first, last)):
+        own = [page for page in range(first, last) if page in self._pages] if self._pages else []
+        if not own:
             return self._below(offset, length)
-        content = b"".join(self._pages.get(page) or self._below(page * SECTOR, SECTOR) for page in range(first, last))
-        return content[offset - first * SECTOR :][:length]
+        parts: list[bytes | bytearray] = []
+        next = first
+        for page in own:  # what is covered is not looked at below: that would decide it
+            if next < page:
+                parts.append(self._below(next * SECTOR, (page - next) * SECTOR))
+            parts.append(self._pages[page])
+            next = page + 1
+        if next < last:
+            parts.append(self._below(next * SECTOR, (last - next) * SECTOR))
+        return b"".join(parts)[offset - first * SECTOR :][:length]
 
     def _below(self, offset: int, length: int) -> bytes:
         there = min(length, self._kept - offset)

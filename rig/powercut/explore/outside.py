@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from powercut.explore.calls import Call, Calls, Remembered
-from powercut.mount import Mount
+from powercut.mount import LOOKING, Mount, Tree
 from powercut.stores import Case
 
 
@@ -44,26 +44,33 @@ class Runs:
     def __init__(self, outside: Outside, case: Case) -> None:
         self._outside = outside
         self._case = case
-        self._before: list[Call] = []
+        self._before: list[list[Call]] = []  # of each program
+        self._scratch: Tree | None = None  # the state as the programs before left it, where it is known
 
     def run(self, which: Hashable, program: Callable[[str], Any]) -> tuple[Any, list[Call]]:
         """What `program` concludes, which runs in the directory it is given, and the calls that it made. `which` tells
         programs apart that conclude different things."""
         remembered = self._outside._remembered.setdefault(which, Remembered())
-        scratch = self._case.again()
-        _make(Calls(scratch), self._before)
+        scratch = self._scratch
+        if scratch is None:
+            scratch = self._case.again()
+            for before in self._before:
+                _make(Calls(scratch), before)
         recalled = Calls(scratch)
         outcome = remembered.recall(recalled)
         calls = Calls(self._case.store)
         if outcome is not None:
-            _make(calls, [call for call, _ in recalled.made])
+            self._scratch = scratch
+            made = [call for call, _ in recalled.made]
+            _make(calls, [call for call in made if call[0] not in LOOKING])
         else:
+            self._scratch = None
             self._outside.runs += 1
             with self._outside._mount.serving(calls) as path:
                 outcome = program(path)
             remembered.keep(calls, outcome)
-        made = [call for call, _ in calls.made]
-        self._before += made
+            made = [call for call, _ in calls.made]
+        self._before.append(made)
         return outcome, made
 
 
