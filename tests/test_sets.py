@@ -228,6 +228,35 @@ def test_any_command_judges_a_directory(work, planted, how):
     assert said["verdict"] == expected, output
 
 
+@pytest.mark.parametrize("synced", [True, False])
+def test_several_directories_are_explored_together(work, planted, synced):
+    """A note in one directory speaks of data in another, which lies deeper."""
+    data, notes = work.folder / "deep" / "data", work.folder / "notes"
+    data.mkdir(parents=True)
+    notes.mkdir()
+    (data / "d").write_text("old")
+    sync = "f.flush(); os.fsync(f.fileno())" if synced else ""
+    program = f"import os; f = open({str(data / 'd')!r}, 'w'); f.write('new'); {sync}\nopen({str(notes / 'n')!r}, 'w')"
+    directories = ["--dir", str(data), "--dir", str(notes)]
+    captured = CliRunner().invoke(
+        main, ["capture", "--out", work.trace, *directories, "--", sys.executable, "-c", program]
+    )
+    assert captured.exit_code == 0, captured.output
+    script = work.folder.parent / "check.py"
+    script.write_text(
+        "import os, sys\nos.chdir(sys.argv[1])\nassert sorted(os.listdir('.')) == ['deep', 'notes']\n"
+        "sys.exit(os.path.exists('notes/n') and open('deep/data/d').read() != 'new')"
+    )
+    _, said, output = work.explore("--checker", f"{sys.executable} {script} {{dir}}")
+    planted("a note in another directory", (said["verdict"] == "HOLDS") == synced)
+    assert said["verdict"] == ("HOLDS" if synced else "BROKEN"), output
+    if not synced:
+        out = work.folder.parent / "crashed"
+        replayed = CliRunner().invoke(main, ["replay", said["findings"][0]["file"], "--out", str(out)])
+        assert "confirmed on the written state" in replayed.output
+        assert (out / "notes" / "n").exists()
+
+
 def test_a_checker_that_repairs_is_explored_inside_its_repair(work, planted):
     """The control writes its repair in place, and so may be cut off in the middle of it."""
     script = work.folder.parent / "repair.py"

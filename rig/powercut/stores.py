@@ -234,7 +234,7 @@ class _Epoch:
         """What `state` has that the state of level 0 has not, if of all that is undecided nothing had survived."""
         with self.search.assuming(lambda disk, choice: 0):
             below = CrashSet(self.files, self.search)
-            return tuple(differences(below, state, next(iter(self.directories.values()))))
+            return tuple(differences(below, state, self.directories["."]))
 
     def _check(self, state: State, level: int) -> None:
         def report(problem: Problem) -> None:

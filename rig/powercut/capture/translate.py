@@ -270,7 +270,8 @@ class Translation:
             declare(node)
             if node.copy is not None and node.size_before:
                 writer.base_file(node.id or 0, node.copy)
-        writer.mark("tree", entries=[[up.id, name, node.id] for up, name, node in self._before() if up.id is not None])
+        entries = [(up.id, name, node.id) for up, name, node in self._before() if up.id is not None]
+        writer.mark("tree", entries=[*entries, *self._joined(writer)])
         events = 0
         for step in self.steps:
             event = step.event
@@ -287,6 +288,23 @@ class Translation:
             event.position = writer.issue(event.kind, file, event.offset, event.length, data=data, flags=event.flags)
             events += 1
         return events
+
+    def _joined(self, writer: TraceWriter) -> list[tuple[int, str, int | None]]:
+        """Where there are several roots: the entries that lead to them from the directory that they have in common."""
+        entries: list[tuple[int, str, int | None]] = []
+        made: dict[str, int] = {}
+
+        def directory(name: str) -> int:
+            if name not in made:
+                made[name] = writer.file(name, 0, "directory")
+                if name != ".":
+                    entries.append((directory(os.path.dirname(name) or "."), os.path.basename(name), made[name]))
+            return made[name]
+
+        for root, node in self.tree.roots.items() if len(self.tree.roots) > 1 else ():
+            name = self.tree.name(root)
+            entries.append((directory(os.path.dirname(name) or "."), os.path.basename(name), node.id))
+        return entries
 
     def _before(self) -> list[tuple[Node, str, Node]]:
         found = [(parent, name, node) for node in self.tree.initial for parent, name in node.before]

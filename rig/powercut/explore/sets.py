@@ -96,7 +96,7 @@ class ByCommand(Outside):
 def judge_of(plan: SetPlan, trace: Trace) -> SetJudge:
     """The judge that a plan asks for. Raises InputError, EnvironmentFault."""
     if not any(info.role == "directory" and info.name == "." for info in trace.files):
-        raise InputError(f"{plan.trace}: not a recording of one directory: nothing to explore (see capture --dir)")
+        raise InputError(f"{plan.trace}: not a recording of a directory: nothing to explore (see capture --dir)")
     if plan.checker is None:
         return Promised(trace, plan.options)
     image = plan.image
