@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from powercut.trace import Kind, Trace
 
@@ -31,7 +29,7 @@ def files_of(trace: Trace) -> Files:
             del content[length:]
             content.extend(bytes(length - len(content)))
         elif kind in (Kind.MARK, Kind.CREATE, Kind.LINK, Kind.UNLINK, Kind.RENAME):
-            about = _about(trace, int(event["row"]))
+            about = trace.about(event)
             names = entries.get(file, {})
             if kind == Kind.MARK and about.get("label") == "tree":
                 for directory, name, child in about["entries"]:
@@ -58,12 +56,6 @@ def files_of(trace: Trace) -> Files:
 
     visit(next(info.id for info in trace.files if info.name == "."), "")
     return found
-
-
-def _about(trace: Trace, row: int) -> dict[str, Any]:
-    """The JSON that begins in this row; its length is not told, and it ends by itself."""
-    text = trace.rows[row : row + 4096].tobytes().decode("latin-1")
-    return dict(json.JSONDecoder().raw_decode(text)[0])
 
 
 def files_under(folder: Path) -> Files:

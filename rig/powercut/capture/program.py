@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from powercut import __version__, compiled
-from powercut.capture import recorded, strace
+from powercut.capture import lazy, recorded, strace
 from powercut.capture.filetree import Node, Tree
 from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.replayed import compare
@@ -28,7 +28,7 @@ from powercut.capture.translate import MAX_FILES, Translation, find_image
 from powercut.errors import EnvironmentFault, InputError
 from powercut.trace import Trace, TraceWriter
 
-SOURCES = ("recorder.c", "recorder_log.h")
+SOURCES = ("recorder.c", "recorder_log.h", "recorder_lazy.h")
 FLAGS = ("-O2", "-w", "-shared", "-fPIC", "-fvisibility=hidden")
 LIMIT = 8 << 30  # bytes of files of which a copy is kept
 BESIDE = 256 << 20  # bytes of files that do not change which go into the trace, for checkers to find
@@ -143,7 +143,11 @@ def capture(
             recorded.make_control(log, roots, tree.live)
             status, seconds = _run(command, library, log, cwd, quiet)
             stopped = recorded.why_stopped(log)
-            calls = recorded.read(log)
+            calls, undos = recorded.read(log)
+            if any(call.checksum is not None for call in calls):
+                moved = (call.names[1] for call in calls if call.op is recorded.Op.RENAME)  # perhaps out of the roots
+                files = lazy.Files([*roots, *moved])
+                lazy.find(calls, undos, files, lazy.checksum_of(library), stopped is not None)
         if stopped:  # what a call did that has not returned since cannot be told from the files as they are now
             calls = [call for call in calls if call.result is not None or not call.changes_names]
         translation = Translation(tree, calls)
@@ -178,7 +182,7 @@ def capture(
             with TraceWriter(partial, meta) as writer:
                 if sum(node.touched or node.beside for node in {*tree.initial, *translation.known}) > MAX_FILES:
                     raise InputError(f"there are more than {MAX_FILES} files: name a narrower directory with --dir")
-                result.events = translation.write(writer, subject)
+                result.events = translation.write(writer, subject, stopped is not None)
         except EnvironmentFault as error:  # a full disk; what was whole before stays
             stopped = str(error).replace(str(partial), str(out))
         trace = Trace(partial)

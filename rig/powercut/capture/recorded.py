@@ -13,13 +13,15 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from powercut.errors import InputError
 
 _MAGIC = 0x70776372636F7264
 _RECORD = struct.Struct("<QIIQQQQqQ")  # magic, size, op and flags, position, dev, ino, offset, length, extra
 _CONTROL = struct.Struct("<8Q")  # locks ready, position, chunks, end of data, processes, failed, refused, slots
-_ROOTS, _TRACKED, _ROOTS_SIZE = 8192, 16384, 8192
+_SLOT = struct.Struct("<3Q")  # key, changes, end of what is lazy
+_ROOTS, _LAZY, _ROOTS_SIZE, _LAZY_SIZE = 8192, 16384, 8192, 8 << 16
 _FREE, _GONE = 0, 1
 _WORD = (1 << 64) - 1
 assert _RECORD.size == 64
@@ -42,6 +44,8 @@ class Op(enum.IntEnum):
     RANGE = 14
     NOTE = 15
     EXIT = 16
+    SAVED = 17  # what a range held before it was changed
+    BYTES = 18  # of the lazy write at the position `offset`
 
 
 _NAMES = frozenset({Op.OPEN, Op.LINK, Op.RENAME, Op.UNLINK, Op.MKDIR, Op.SYMLINK})
@@ -55,9 +59,19 @@ class Mode(enum.IntFlag):
     TRUNCATED = 16
     UNNAMED = 32
     EXCHANGE = 64
+    LAZY = 128  # `extra` is the checksum of bytes that were left in the file
 
 
 Key = tuple[int, int]  # device, inode
+
+
+class LostBytesError(Exception):
+    """What a program wrote is not where it was written any more."""
+
+
+class LazyBytes(Protocol):
+    def read(self) -> bytes:
+        """What was written. Raises LostBytesError."""
 
 
 @dataclass(slots=True)
@@ -76,6 +90,8 @@ class Call:
     end_key: Key = (0, 0)  # the file that it opened, or named
     end_offset: int = 0
     end_path: str = ""
+    checksum: int | None = None  # of the bytes of a lazy write
+    lazy: LazyBytes | None = None  # those bytes, once they are found
 
     @property
     def changes_names(self) -> bool:
@@ -84,6 +100,17 @@ class Call:
     @property
     def names(self) -> list[str]:
         return [os.fsdecode(name) for name in bytes(self.data).split(b"\0")[:2]]
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """What a range of a file held at `position`. `data` ends where the file ended."""
+
+    position: int
+    key: Key
+    offset: int
+    length: int
+    data: memoryview
 
 
 def make_control(folder: Path, roots: Iterable[str], keys: Iterable[Key]) -> None:
@@ -99,10 +126,14 @@ def make_control(folder: Path, roots: Iterable[str], keys: Iterable[Key]) -> Non
         while table[place % slots]:
             place += 1
         table[place % slots] = key
+    packed = bytearray(slots * _SLOT.size)
+    for place, key in enumerate(table):
+        if key:
+            _SLOT.pack_into(packed, place * _SLOT.size, key, 0, 0)
     with open(folder / "control", "wb") as out:
         out.write(_CONTROL.pack(0, 0, 0, 0, 0, 0, 0, slots).ljust(_ROOTS, b"\0"))
-        out.write(text.ljust(_TRACKED - _ROOTS, b"\0"))
-        out.write(struct.pack(f"<{slots}Q", *table))
+        out.write(text.ljust(_LAZY - _ROOTS, b"\0") + bytes(_LAZY_SIZE))
+        out.write(packed)
     (folder / "data").touch()
 
 
@@ -130,11 +161,13 @@ def why_stopped(folder: Path) -> str | None:
     return f"recording stopped: {os.strerror(failed)}" if failed else None
 
 
-def read(folder: Path) -> list[Call]:
-    """The calls in the log, in the order of their positions, up to where the recorder stopped."""
+def read(folder: Path) -> tuple[list[Call], list[Undo]]:
+    """The calls in the log, in the order of their positions, up to where the recorder stopped; and its undo records."""
     spilled = _map(folder / "data")
     calls: dict[int, Call] = {}
+    undos: list[Undo] = []
     ends: list[tuple[int, int, Key, int, int, str]] = []
+    copied: list[tuple[int, memoryview]] = []
     for path in folder.glob("chunk.*"):
         chunk = _map(path)
         place, end = 64, min(len(chunk), int.from_bytes(chunk[:8], "little"))
@@ -146,15 +179,23 @@ def read(folder: Path) -> list[Call]:
             payload = chunk[place + 64 : place + size]
             place += -(-size // 64) * 64
             op, flags = both & 0xFFFF, both >> 16
+            if flags & Mode.SPILLED:
+                payload = spilled[extra : extra + length]
             if op == Op.EXIT:
                 name = os.fsdecode(bytes(payload[:-1])) if payload else ""
                 ends.append((extra, position, (device, inode), offset, length, name))
+            elif op == Op.SAVED:
+                undos.append(Undo(position, (device, inode), offset, length, payload))
+            elif op == Op.BYTES:
+                copied.append((offset, payload))
             else:
-                if flags & Mode.SPILLED:
-                    payload = spilled[extra : extra + length]
+                checksum = extra if flags & Mode.LAZY else None
                 calls[position] = Call(Op(op), flags, position, (device, inode), offset, length, payload)
+                calls[position].checksum = checksum
+    for entered, payload in copied:
+        calls[entered].data, calls[entered].checksum = payload, None
     for entered, position, key, offset, result, name in ends:
         call = calls[entered]
         call.ended, call.result = position, result
         call.end_key, call.end_offset, call.end_path = key, offset, name
-    return sorted(calls.values(), key=lambda call: call.position)
+    return sorted(calls.values(), key=lambda call: call.position), undos

@@ -6,7 +6,9 @@
  * time, so that their order is known; so are writes at a file's own position, which the kernel does anyway.
  */
 #include "recorder_log.h"
+#include "recorder_lazy.h"
 
+#define HERE AT_FDCWD
 #define ALSO(name, of) extern __typeof__(of) name __attribute__((alias(#of))) SEEN;
 
 /* ---- writes -------------------------------------------------------------------------------------------------- */
@@ -19,25 +21,33 @@ static ssize_t really(int fd, const struct iovec *iov, int count, off_t at, int 
 
 static ssize_t wrote(int fd, const struct iovec *iov, int count, off_t at, int how) { /* at < 0: where the file is */
     struct stat st;
+    struct slot *slot = watched(fd, &st);
     int mode;
-    if (!watched(fd, &st) || !S_ISREG(st.st_mode) || (mode = fcntl(fd, F_GETFL)) < 0 || (mode & O_ACCMODE) == O_RDONLY)
+    if (!slot || !S_ISREG(st.st_mode) || (mode = fcntl(fd, F_GETFL)) < 0 || (mode & O_ACCMODE) == O_RDONLY)
         return really(fd, iov, count, at, how);
     size_t bytes = 0;
     for (int i = 0; i < count; i++) bytes += iov[i].iov_len;
     int append = (mode & O_APPEND) || (how & RWF_APPEND);
     pthread_mutex_t *held = append || at < 0 ? lock(1 + key_of(&st) % (LOCKS - 1)) : NULL;
     if (held && append) fstat(fd, &st);
-    off_t place = append ? st.st_size : at < 0 ? lseek(fd, 0, SEEK_CUR) : at;
+    off_t asked = append ? st.st_size : at < 0 ? lseek(fd, 0, SEEK_CUR) : at, place = asked;
     int fua = (mode & O_DSYNC) || (how & (RWF_DSYNC | RWF_SYNC)) ? FUA : 0; /* O_SYNC holds O_DSYNC */
-    uint64_t entered = put(WRITE, fua, &st, place, bytes, 0, iov, count, bytes);
+    uint64_t before = change(slot, &st, fd, place, place + bytes);
+    int lazy = alone(before) && count == 1 && bytes >= LAZY_FROM && !fua && !(mode & O_DIRECT) && (st.st_mode & S_IRUSR);
+    if (lazy) set_lazy(slot, place, place + bytes);
+    uint64_t entered = lazy ? put(WRITE, LAZY, &st, place, bytes, powercut_checksum(iov->iov_base, bytes), NULL, 0, 0)
+                            : put(WRITE, fua, &st, place, bytes, 0, iov, count, bytes);
     ssize_t done = really(fd, iov, count, at, how);
     int kept = errno;
     if (done > 0 && append) { /* others may have made the file longer meanwhile */
         fstat(fd, &st);
         place = (at < 0 ? lseek(fd, 0, SEEK_CUR) : st.st_size) - done;
     }
+    if (lazy && entered && (interrupted(slot, before) || place != asked || done != (ssize_t)bytes))
+        put(BYTES, 0, &st, entered, bytes, 0, iov, count, bytes);
     errno = kept;
     leave_as(entered, done, NULL, place, NULL);
+    changed(slot, 0);
     unlock(held);
     errno = kept;
     return done;
@@ -108,8 +118,9 @@ SEEN int ioctl(int fd, unsigned long request, ...) {
 SEEN void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t at) {
     struct stat st;
     int shared = (flags & MAP_TYPE) == MAP_SHARED || (flags & MAP_TYPE) == MAP_SHARED_VALIDATE;
-    if (shared && (protection & PROT_WRITE) && !(flags & MAP_ANONYMOUS) && watched(fd, &st))
-        enter_named(NOTE, 0, &st, "mmap", "");
+    int writable = shared && (protection & PROT_WRITE) && !(flags & MAP_ANONYMOUS);
+    struct slot *slot = writable ? watched(fd, &st) : NULL;
+    if (slot) enter_named(NOTE, 0, &st, "mmap", ""), forgo_open(slot, &st, fd);
     return REAL(mmap)(address, length, protection, flags, fd, at);
 }
 ALSO(mmap64, mmap)
@@ -118,24 +129,30 @@ ALSO(mmap64, mmap)
 
 SEEN int ftruncate(int fd, off_t length) {
     struct stat st;
-    uint64_t entered = watched(fd, &st) ? enter(TRUNCATE, 0, &st, 0, length) : 0;
-    return leave(entered, REAL(ftruncate)(fd, length));
+    struct slot *slot = watched(fd, &st);
+    if (!slot) return REAL(ftruncate)(fd, length);
+    change(slot, &st, fd, length, ALL);
+    return changed(slot, leave(enter(TRUNCATE, 0, &st, 0, length), REAL(ftruncate)(fd, length)));
 }
 SEEN int truncate(const char *path, off_t length) {
     struct stat st;
     if (!control) begin();
-    int mine = control && !stat(path, &st) && tracked(&st);
-    return leave(mine ? enter(TRUNCATE, 0, &st, 0, length) : 0, REAL(truncate)(path, length));
+    struct slot *slot = control && !stat(path, &st) ? tracked(&st) : NULL;
+    if (!slot) return REAL(truncate)(path, length);
+    change_named(slot, &st, HERE, path, length);
+    return changed(slot, leave(enter(TRUNCATE, 0, &st, 0, length), REAL(truncate)(path, length)));
 }
 ALSO(ftruncate64, ftruncate) ALSO(truncate64, truncate)
 
 SEEN int fallocate(int fd, int mode, off_t at, off_t length) {
     struct stat st;
-    if (!watched(fd, &st)) return REAL(fallocate)(fd, mode, at, length);
+    struct slot *slot = watched(fd, &st);
+    if (!slot) return REAL(fallocate)(fd, mode, at, length);
     int kind = mode & ~FALLOC_FL_KEEP_SIZE, flags = mode & FALLOC_FL_KEEP_SIZE ? KEEP_SIZE : 0;
     if (kind & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE)) return refuse(EOPNOTSUPP, "collapse or insert range", &st);
     int op = kind == FALLOC_FL_PUNCH_HOLE ? PUNCH : kind == FALLOC_FL_ZERO_RANGE ? ZERO : ALLOCATE;
-    return leave(enter(op, flags, &st, at, length), REAL(fallocate)(fd, mode, at, length));
+    change(slot, &st, fd, at, op == ALLOCATE || length <= 0 ? at : at + length);
+    return changed(slot, leave(enter(op, flags, &st, at, length), REAL(fallocate)(fd, mode, at, length)));
 }
 SEEN int posix_fallocate(int fd, off_t at, off_t length) { /* glibc would write zeros by itself where this fails */
     struct stat st;
@@ -183,16 +200,19 @@ static int opened(int dir, const char *path, int flags, mode_t mode) {
         return errno = kept, REAL(openat)(dir, path, flags, mode); /* a fifo's open may wait: hold nothing */
     pthread_mutex_t *held = lock(0);
     int there = !unnamed && !fstatat(dir, path, &st, nofollow ? AT_SYMLINK_NOFOLLOW : 0);
+    struct slot *slot = there && (flags & O_TRUNC) ? tracked(&st) : NULL;
     uint64_t entered = 0;
     errno = kept;
-    if (there ? (flags & O_TRUNC) && (here || tracked(&st)) : here)
+    if (slot) change_named(slot, &st, dir, path, 0);
+    if (there ? (flags & O_TRUNC) && (here || slot) : here)
         entered = enter_named(OPEN, there ? TRUNCATED : unnamed ? CREATED | UNNAMED : CREATED, there ? &st : NULL, where, "");
     int fd = REAL(openat)(dir, path, flags, mode);
     if (fd >= 0 && (entered || !there) && !fstat(fd, &st)) {
-        if (entered && S_ISREG(st.st_mode)) path_of(fd, where), track(&st);
-        else if (!entered && st.st_nlink == 1) forget(&st);
+        struct slot *new = entered && S_ISREG(st.st_mode) ? path_of(fd, where), track(&st) : NULL;
+        if (new && unnamed) forgo(new, &st, dir, path); /* nobody will find its bytes at the end */
+        if (!entered && st.st_nlink == 1) forget(&st);
     }
-    leave_as(entered, fd, &st, 0, where);
+    leave_as(entered, changed(slot, fd), &st, 0, where);
     unlock(held);
     return fd;
 }
@@ -209,23 +229,24 @@ ALSO(open64, open) ALSO(openat64, openat) ALSO(creat64, creat) ALSO(__open64_2, 
 
 /* Every other change of names: `one` and `other` are its paths, `call` does it. */
 #define CHANGE(op, flags, dir, path, dir2, path2, after, call) ({ \
-    char one_[PATH_MAX], other_[PATH_MAX] = ""; \
+    char one_[PATH_MAX], other_[PATH_MAX]; \
     struct stat st_ = {0}; \
-    int here_ = locate(dir, path, one_), there_ = (path2) ? locate(dir2, path2, other_) : 0, kept_ = errno; \
+    int here_ = locate(dir, path, one_), there_ = locate(dir2, path2, other_), kept_ = errno; \
     long result_; \
     if (!here_ && !there_) result_ = call; \
     else { \
         pthread_mutex_t *held_ = lock(0); \
         fstatat(dir, path, &st_, AT_SYMLINK_NOFOLLOW); \
+        if ((op) == UNLINK) losing(dir, path); \
+        else if ((op) == RENAME && (flags) != EXCHANGE) losing(dir2, path2); \
         errno = kept_; \
         uint64_t entered_ = enter_named(op, flags, &st_, one_, other_); \
         result_ = call; \
-        if (!result_ && (after) && !fstatat((path2) ? dir2 : dir, (path2) ?: path, &st_, AT_SYMLINK_NOFOLLOW)) track(&st_); \
+        if (!result_ && (after) && !fstatat(HERE, *other_ ? other_ : one_, &st_, AT_SYMLINK_NOFOLLOW)) track(&st_); \
         leave_as(entered_, result_, &st_, 0, NULL); \
         unlock(held_); \
     } \
     result_; })
-#define HERE AT_FDCWD
 static const char *const NOTHING = NULL;
 
 SEEN int renameat2(int d, const char *a, int d2, const char *b, unsigned how) {

@@ -1,8 +1,8 @@
 /*
  * The recorder's log, and which files it is about. Included by recorder.c alone.
  *
- * Each call is logged before it is made (with its bytes) and after it was made (with its result), each time with the
- * next number of one counter that all threads and processes share. What is logged survives the death of the program:
+ * Each call is logged before it is made (with its bytes, or their checksum: recorder_lazy.h) and after it was made (with
+ * its result), each time with the next number of one counter that all threads and processes share. What is logged survives the death of the program:
  * it is copied into shared memory maps of files (chunks), or, many bytes at once, written to the file `data`. The
  * recorder keeps no descriptor open, because programs close what they do not know, and no state of its own about
  * descriptors, because they are inherited and duplicated: a file is known by its device and inode.
@@ -14,6 +14,8 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -26,6 +28,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
@@ -34,19 +37,21 @@
 #define REAL(name) ({ static __typeof__(&name) real_; if (!real_) real_ = dlsym(RTLD_NEXT, #name); real_; })
 
 enum { WRITE = 1, ZERO, PUNCH, FLUSH, TRUNCATE, OPEN, LINK, RENAME, UNLINK, SYNC, ALLOCATE, MKDIR, SYMLINK, RANGE,
-       NOTE, EXIT };
-enum { FUA = 1, SPILLED = 2, KEEP_SIZE = 4, CREATED = 8, TRUNCATED = 16, UNNAMED = 32, EXCHANGE = 64 };
-enum { LOCKS = 64, LOCK_BYTES = 64, INLINE = 8192, FIRST_CHUNK = 256 << 10, LAST_CHUNK = 64 << 20 };
+       NOTE, EXIT, SAVED, BYTES };       /* SAVED: what a range held; BYTES: those of the lazy write at `offset` */
+enum { FUA = 1, SPILLED = 2, KEEP_SIZE = 4, CREATED = 8, TRUNCATED = 16, UNNAMED = 32, EXCHANGE = 64, LAZY = 128 };
+enum { LOCKS = 64, LOCK_BYTES = 64, INLINE = 8192, FIRST_CHUNK = 256 << 10, LAST_CHUNK = 64 << 20, LAZY_WORDS = 1 << 16 };
 static const uint64_t MAGIC = 0x70776372636f7264, GONE = 1;
 
-struct control {                        /* made by program.py, mapped by every process */
+struct slot { _Atomic uint64_t key, changes, lazy_end; }; /* a file that is recorded; a freed one keeps its counts */
+struct control {                        /* made by recorded.py, mapped by every process */
     _Atomic uint64_t locks_ready, position, chunks, data_end, processes, failed, refused;
     uint64_t slots;                     /* of `tracked`: a power of two */
     char pad[512 - 64];
     char locks[LOCKS][LOCK_BYTES];      /* pthread_mutex_t; 0: names, the others: file positions */
     char pad2[8192 - 512 - LOCKS * LOCK_BYTES];
     char roots[8192];                   /* canonical, each ended by NUL, the last by two */
-    _Atomic uint64_t tracked[];         /* open addressing; 0: free, GONE: freed */
+    _Atomic uint64_t lazy[LAZY_WORDS];  /* see recorder_lazy.h */
+    struct slot tracked[];              /* open addressing by `key`; 0: free, GONE: freed */
 };
 struct record {                         /* 64 bytes, then the payload; `magic` is set last */
     _Atomic uint64_t magic;             /* MAGIC xor position */
@@ -122,35 +127,36 @@ static uint64_t key_of(const struct stat *st) {
     return key > GONE ? key : key + 2;
 }
 
-static int tracked(const struct stat *st) {
+static struct slot *tracked(const struct stat *st) {
     uint64_t key = key_of(st), mask = control->slots - 1, found;
-    for (uint64_t i = key >> 32; (found = atomic_load(&control->tracked[i & mask])); i++)
-        if (found == key) return 1;
-    return 0;
+    for (uint64_t i = key >> 32; (found = atomic_load(&control->tracked[i & mask].key)); i++)
+        if (found == key) return &control->tracked[i & mask];
+    return NULL;
 }
 
-static void track(const struct stat *st) {
+static struct slot *track(const struct stat *st) {
     uint64_t key = key_of(st), mask = control->slots - 1, first = key >> 32;
-    if (tracked(st)) return;
-    for (uint64_t i = first; i < first + mask; i++) {
-        uint64_t old = atomic_load(&control->tracked[i & mask]);
-        if (old <= GONE && atomic_compare_exchange_strong(&control->tracked[i & mask], &old, key)) return;
+    struct slot *slot = tracked(st);
+    for (uint64_t i = first; !slot && i < first + mask; i++) {
+        uint64_t old = atomic_load(&control->tracked[i & mask].key);
+        if (old <= GONE && atomic_compare_exchange_strong(&control->tracked[i & mask].key, &old, key))
+            slot = &control->tracked[i & mask];
     }
-    fail(ENFILE);
+    return slot ? slot : (fail(ENFILE), NULL);
 }
 
 static void forget(const struct stat *st) { /* the inode of a file that is gone was used again elsewhere */
-    uint64_t key = key_of(st), mask = control->slots - 1, found;
-    for (uint64_t i = key >> 32; (found = atomic_load(&control->tracked[i & mask])); i++)
-        if (found == key) atomic_store(&control->tracked[i & mask], GONE);
+    struct slot *slot;
+    while ((slot = tracked(st))) atomic_store(&slot->key, GONE);
 }
 
-static int watched(int fd, struct stat *st) {
+static struct slot *watched(int fd, struct stat *st) {
     int kept = errno;
     if (!control) begin();
-    int yes = control && !fstat(fd, st) && (S_ISREG(st->st_mode) || S_ISDIR(st->st_mode)) && tracked(st);
+    int known = control && !fstat(fd, st) && (S_ISREG(st->st_mode) || S_ISDIR(st->st_mode));
+    struct slot *slot = known ? tracked(st) : NULL;
     errno = kept;
-    return yes;
+    return slot;
 }
 
 static int inside(const char *path) {
@@ -232,12 +238,24 @@ static int spill(const struct iovec *iov, int count, size_t bytes, uint64_t *at)
     return (size_t)done == bytes;
 }
 
+static uint64_t publish(struct record *record, unsigned op, const struct stat *st, uint64_t offset, uint64_t length,
+                        uint64_t extra, size_t bytes) {
+    record->size = sizeof *record + bytes;
+    record->op_and_flags = op;
+    record->dev = st ? st->st_dev : 0;
+    record->ino = st ? st->st_ino : 0;
+    record->offset = offset, record->length = length, record->extra = extra;
+    uint64_t position = record->position = atomic_fetch_add(&control->position, 1) + 1;
+    atomic_store_explicit(&record->magic, MAGIC ^ position, memory_order_release);
+    return position;
+}
+
 static uint64_t put(unsigned op, unsigned flags, const struct stat *st, uint64_t offset, uint64_t length, uint64_t extra,
                     const struct iovec *iov, int count, size_t bytes) {
     int kept = errno;
     uint64_t position = 0;
     if (atomic_load_explicit(&control->failed, memory_order_relaxed)) return 0;
-    if (bytes > INLINE && op == WRITE) {
+    if (bytes > INLINE && (op == WRITE || op == BYTES)) {
         if (!spill(iov, count, bytes, &extra)) goto out;
         flags |= SPILLED, count = 0, bytes = 0;
     }
@@ -245,13 +263,7 @@ static uint64_t put(unsigned op, unsigned flags, const struct stat *st, uint64_t
     if (!record) goto out;
     char *to = (char *)(record + 1);
     for (int i = 0; i < count; i++) to = mempcpy(to, iov[i].iov_base, iov[i].iov_len);
-    record->size = sizeof *record + bytes;
-    record->op_and_flags = op | flags << 16;
-    record->dev = st ? st->st_dev : 0;
-    record->ino = st ? st->st_ino : 0;
-    record->offset = offset, record->length = length, record->extra = extra;
-    record->position = position = atomic_fetch_add(&control->position, 1) + 1;
-    atomic_store_explicit(&record->magic, MAGIC ^ position, memory_order_release);
+    position = publish(record, op | flags << 16, st, offset, length, extra, bytes);
 out:
     errno = kept;
     return position;

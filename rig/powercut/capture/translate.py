@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from powercut.capture.filetree import Node, Tree
-from powercut.capture.recorded import Call, Key, Mode, Op
+from powercut.capture.recorded import Call, Key, LazyBytes, LostBytesError, Mode, Op
 from powercut.errors import InputError
 from powercut.trace import Flag, Kind, TraceWriter
 
@@ -36,7 +36,7 @@ class Event:
     node: Node
     offset: int = 0
     length: int = 0
-    data: memoryview | None = None
+    data: memoryview | LazyBytes | None = None
     flags: int = 0
     about: dict[str, Any] | None = None
     position: int = 0
@@ -136,7 +136,8 @@ class Translation:
             flags = int(Flag.FUA) if call.flags & Mode.FUA else 0
             if not length:
                 return []
-            return [Event(Kind.WRITE, self._touch(node), offset, length, call.data[:length], flags)]
+            data = call.lazy or call.data[:length]  # a short write is not lazy
+            return [Event(Kind.WRITE, self._touch(node), offset, length, data, flags)]
         end = call.offset + call.length
         if call.op is Op.ALLOCATE:
             grows = end > node.size and not call.flags & Mode.KEEP_SIZE
@@ -255,8 +256,10 @@ class Translation:
 
     # The second pass
 
-    def write(self, writer: TraceWriter, image: Node | None) -> int:
-        """Write it all into `writer`; `image` gets that role. Returns the number of events."""
+    def write(self, writer: TraceWriter, image: Node | None, stopped: bool) -> int:
+        """Write it all into `writer`; `image` gets that role. Returns the number of events. Where the recorder had
+        `stopped`, the trace ends before the first write whose bytes were lost since. Raises InputError.
+        """
 
         def declare(node: Node) -> int | None:
             if node.id is None and not node.other:
@@ -282,6 +285,13 @@ class Translation:
                 continue
             file = declare(event.node) or 0
             data: Any = event.data
+            if data is not None and not isinstance(data, memoryview):
+                try:
+                    data = data.read()
+                except LostBytesError:
+                    if stopped:
+                        break
+                    raise InputError(self._lost(event)) from None
             if event.about is not None:
                 ids = {key: declare(value) if isinstance(value, Node) else value for key, value in event.about.items()}
                 data = json.dumps(ids).encode()
@@ -305,6 +315,14 @@ class Translation:
             name = self.tree.name(root)
             entries.append((directory(os.path.dirname(name) or "."), os.path.basename(name), node.id))
         return entries
+
+    def _lost(self, event: Event) -> str:
+        past = self.past.get(event.node, ())
+        how = f" ({' and '.join(sorted(past))})" if past else ""
+        return (
+            f"{self.tree.name(event.node.path)}: the {event.length:,} bytes that were written at byte {event.offset:,} "
+            f"({event.offset:#x}) were changed later: it was written past the recorder{how}"
+        )
 
     def _before(self) -> list[tuple[Node, str, Node]]:
         found = [(parent, name, node) for node in self.tree.initial for parent, name in node.before]
