@@ -71,10 +71,9 @@ def make(op: int, epoch: int, sector: int, count: int) -> bytes:
 def decode(sectors: NDArray[np.uint8]) -> Stamps:
     """What each of `sectors` (shape (n, 512)) holds."""
     words = np.ascontiguousarray(sectors).view("<u8").reshape(-1, REPEATS, 4)
-    first = words[:, 0, :]
     uniform = (words[:, 1:, :] == words[:, :-1, :]).all(axis=(1, 2))
-    op, epoch, sector = first[:, 0], first[:, 1], first[:, 2]
-    valid = uniform & (op <= _MAX_OP) & (digest(op, epoch, sector) == first[:, 3])
-    zero = uniform & ~first.any(axis=1)
+    op, epoch, sector, proof = np.ascontiguousarray(words[:, 0, :].T)
+    valid = uniform & (op <= _MAX_OP) & (digest(op, epoch, sector) == proof)
+    zero = uniform & (op | epoch | sector | proof == 0)
     ops = np.where(valid, op.astype(np.int64), np.where(zero, ZERO, GARBAGE))
     return Stamps(ops, epoch.astype(np.int64), sector.astype(np.int64))

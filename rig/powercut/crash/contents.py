@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import CHANGES, Durability, column, table
+from powercut.crash.model import CHANGES, Durability, spread, table
 from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
 from powercut.sparse import sparse_zeros
@@ -22,6 +22,7 @@ from powercut.stamp import GARBAGE, decode
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
 
 Rows = NDArray[np.int64]
+_AT_ONCE = 2048  # rows: a MiB of sectors, which stays in a processor's cache
 
 
 class InFlight(NamedTuple):
@@ -57,13 +58,11 @@ class Tokens:
             op, sector = self.of(np.where(beyond, 0, rows))
             return np.where(beyond, GARBAGE, op), sector
         new = rows[~self._known[rows]]
-        if len(new):
-            if len(new) > 1:
-                new = np.unique(new)
-            for part in np.array_split(new, -(-len(new) // 16384)):  # at most 8 MiB at a time
-                stamps = decode(self._rows[part])
-                self._op[part], self._sector[part] = stamps.op, stamps.sector
-            self._known[new] = True
+        for begin in range(0, len(new), _AT_ONCE):
+            part = new[begin : begin + _AT_ONCE]
+            stamps = decode(self._rows.take(part, axis=0))
+            self._op[part], self._sector[part] = stamps.op, stamps.sector
+            self._known[part] = True
         return self._op[rows], self._sector[rows]
 
 
@@ -87,7 +86,8 @@ class Contents(Durability):
         self.writer = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
         self.rows: Any = sparse_zeros(self.sectors, np.int64)
         events = trace.events
-        self._row = column(events["row"])
+        self._row = np.ascontiguousarray(events["row"])
+        self._writes = np.asarray(self.kind) == Kind.WRITE
         for _, offset, length, row in trace.bases[trace.bases[:, 0] == file.id].tolist():
             first, last = offset // SECTOR, -(-(offset + length) // SECTOR)
             self.rows[first:last] = np.arange(row, row + last - first)
@@ -113,24 +113,21 @@ class Contents(Durability):
             return
         if event in self._partial:
             self._edges[event] = self._compose(event)
-        self._newest[first:last] = self._rows_of(event, first, last)
+        sectors = np.arange(first, last)
+        self._newest[sectors] = self._rows_of(np.array([event]), np.zeros(len(sectors), dtype=np.int64), sectors)
 
-    def settled(self, event: int, where: slice | Rows) -> None:
-        super().settled(event, where)
-        first, last = self.first[event], self.last[event]
-        rows = self._rows_of(event, first, last)
-        self.rows[where] = rows if isinstance(where, slice) else rows[where - first]
+    def settled(self, events: Rows, which: Rows, sectors: Rows) -> None:
+        super().settled(events, which, sectors)
+        self.rows[sectors] = self._rows_of(events, which, sectors)
 
-    def _rows_of(self, event: int, first: int, last: int) -> Rows:
-        """The rows that `event` leaves in sectors first..last-1, all of which it covers at least in part."""
-        if self.kind[event] == Kind.WRITE:
-            rows = np.arange(first, last) + (self._row[event] - self.first[event])
-        else:
-            rows = np.zeros(last - first, dtype=np.int64)
-        for atom, edge in self._edges.get(event, {}).items():
-            begin, end = max(first, atom * self.per_atom), min(last, (atom + 1) * self.per_atom)
-            if begin < end:
-                rows[begin - first : end - first] = edge[begin - atom * self.per_atom :][: end - begin]
+    def _rows_of(self, events: Rows, which: Rows, sectors: Rows) -> Rows:
+        """The rows that `events` leave, each in those of `sectors` that `which` gives its number, and which it covers
+        at least in part."""
+        rows = np.where(self._writes[events][which], (self._row[events] - self._first[events])[which] + sectors, 0)
+        for number in [i for i, event in enumerate(events.tolist()) if event in self._edges]:
+            for atom, edge in self._edges[int(events[number])].items():
+                here = np.flatnonzero((which == number) & (sectors // self.per_atom == atom))
+                rows[here] = edge[sectors[here] % self.per_atom]
         return rows
 
     def _compose(self, event: int) -> dict[int, Rows]:
@@ -149,7 +146,7 @@ class Contents(Durability):
                     continue
                 if high - low == SECTOR:
                     whole = self.kind[event] == Kind.WRITE
-                    rows[i] = self._row[event] + low // SECTOR - self.first[event] if whole else 0
+                    rows[i] = int(self._row[event]) + low // SECTOR - self.first[event] if whole else 0
                     continue
                 content = self.take(rows[i : i + 1])[0].copy()
                 inner = low - begin - i * SECTOR
@@ -205,10 +202,10 @@ class Contents(Durability):
     def take(self, rows: Rows) -> Bytes:
         """The contents of `rows`, shape (n, 512)."""
         if not self._composed:
-            return self.trace.rows[rows]
+            return self.trace.rows.take(rows, axis=0)
         count = len(self.trace.rows)
         beyond = rows >= count
-        out = self.trace.rows[np.where(beyond, 0, rows)]
+        out = self.trace.rows.take(np.where(beyond, 0, rows), axis=0)
         for i in np.flatnonzero(beyond).tolist():
             out[i] = self._composed[int(rows[i]) - count]
         return out
@@ -216,49 +213,47 @@ class Contents(Durability):
     def in_flight_atoms(self) -> InFlight:
         """All that may have changed, atom by atom."""
         if self._in_flight is None:
-            atoms, events, rows = [], [], []
-            for event in self.in_flight:
-                first = self.first[event] // self.per_atom
-                last = -(-self.last[event] // self.per_atom)
-                atom = np.arange(first, last)
-                inside = slice(first * self.per_atom, last * self.per_atom)
-                if self.per_atom == 1:
-                    row = self._rows_of(event, inside.start, inside.stop)
-                else:
-                    row = self.rows[inside].copy()
-                    begin = self.first[event] - inside.start
-                    row[begin : begin + self.last[event] - self.first[event]] = self._rows_of(
-                        event, self.first[event], self.last[event]
-                    )
-                    for edge, composed in self._edges.get(event, {}).items():
-                        row[(edge - first) * self.per_atom :][: self.per_atom] = composed
-                row = row.reshape(-1, self.per_atom)
-                if self.overtaking:
-                    keep = ~self.overtaken(event, np.arange(inside.start, inside.stop)).reshape(-1, self.per_atom)
-                    kept = keep.any(axis=1)
-                    atom, row = atom[kept], row[kept]
-                atoms.append(atom)
-                events.append(np.full(len(atom), event))
-                rows.append(row)
+            index = np.array(self.in_flight, dtype=np.int64)
+            which, atom = spread(self._first[index] // self.per_atom, -(-self._last[index] // self.per_atom))
+            sectors = atom[:, None] * self.per_atom + np.arange(self.per_atom)
+            row = self._atoms_of(index, which, sectors)
+            if self.overtaking:
+                kept = np.zeros(len(atom), dtype=np.bool_)
+                for number, event in enumerate(self.in_flight):
+                    mine = which == number
+                    over = self.overtaken(event, sectors[mine].reshape(-1)).reshape(-1, self.per_atom)
+                    kept[mine] = ~over.all(axis=1)
+                which, atom, row = which[kept], atom[kept], row[kept]
+            atoms, events, rows = [atom], [index[which]], [row]
             if self.others:  # durable, and may have been overwritten by a rival that ran at the same time
                 for sector, rivals in sorted(self.others.items()):
                     inside = slice(sector - sector % self.per_atom, sector - sector % self.per_atom + self.per_atom)
                     for event in rivals:
                         row = self.rows[inside].copy()
-                        row[sector % self.per_atom] = self._rows_of(event, sector, sector + 1)[0]
+                        only = np.array([event]), np.array([0]), np.array([sector])
+                        row[sector % self.per_atom] = self._rows_of(*only)[0]
                         atoms.append(np.array([sector // self.per_atom]))
                         events.append(np.array([event]))
                         rows.append(row.reshape(1, -1))
-            if atoms and self.options.torn != "old-or-new":
+            if self.options.torn != "old-or-new":
                 self._tear(atoms, events, rows)
-            if atoms:
-                atom = np.concatenate(atoms)
-                order = np.argsort(atom, kind="stable")
-                self._in_flight = InFlight(atom[order], np.concatenate(events)[order], np.concatenate(rows)[order])
-            else:
-                none = np.zeros(0, dtype=np.int64)
-                self._in_flight = InFlight(none, none, none.reshape(0, self.per_atom))
+            atom = np.concatenate(atoms)
+            order = np.argsort(atom, kind="stable")
+            self._in_flight = InFlight(atom[order], np.concatenate(events)[order], np.concatenate(rows)[order])
         return self._in_flight
+
+    def _atoms_of(self, events: Rows, which: Rows, sectors: Rows) -> Rows:
+        """The rows of whole atoms, of which `sectors` are the sectors, shape (n, sectors per atom), as the event of
+        number `which[i]` leaves them if nothing else in flight survives."""
+        if self.per_atom == 1:
+            return self._rows_of(events, which, sectors[:, 0])[:, None]
+        rows = self.rows[sectors]
+        covered = (self._first[events][which, None] <= sectors) & (sectors < self._last[events][which, None])
+        rows[covered] = self._rows_of(events, which[np.nonzero(covered)[0]], sectors[covered])
+        for number in [i for i, event in enumerate(events.tolist()) if event in self._edges]:
+            for atom, edge in self._edges[int(events[number])].items():
+                rows[(which == number) & (sectors[:, 0] == atom * self.per_atom)] = edge
+        return rows
 
     def _tear(self, atoms: list[Rows], events: list[Rows], rows: list[Rows]) -> None:
         """Every atom in flight may also be zeros, or garbage."""
@@ -357,17 +352,32 @@ class Contents(Durability):
     def undecided(self) -> Rows:
         """How many distinct contents each atom has that has more than one."""
         flight = self.in_flight_atoms()
-        differ = np.zeros(len(flight.atom), dtype=bool)
-        inner = np.arange(self.per_atom)
-        for begin in range(0, len(differ), 16384):  # at most 8 MiB of sectors at a time
-            part = slice(begin, begin + 16384)
-            durable = self.rows[flight.atom[part, None] * self.per_atom + inner]
-            left, right = self.take(flight.rows[part].reshape(-1)), self.take(durable.reshape(-1))
-            unequal = (left.view(np.uint64) != right.view(np.uint64)).any(axis=1)
-            differ[part] = unequal.reshape(-1, self.per_atom).any(axis=1)
+        durable = self.rows[flight.atom[:, None] * self.per_atom + np.arange(self.per_atom)]
+        unequal = self._unequal(flight.rows.reshape(-1), durable.reshape(-1))
+        differ = unequal.reshape(-1, self.per_atom).any(axis=1)
         atoms, counts = np.unique(flight.atom[differ], return_counts=True)
         counts = counts + 1
         for i in np.flatnonzero(counts > 2).tolist():
             choices = self._distinct(int(atoms[i]), int(atoms[i]) + 1)
             counts[i] = len(choices[0].contents)
         return counts
+
+    def _unequal(self, left: Rows, right: Rows) -> NDArray[np.bool_]:
+        """Where two rows differ. Most do in their first bytes, and are read no further."""
+        unequal = self._beginning(left) != self._beginning(right)
+        alike = np.flatnonzero(~unequal & (left != right))
+        for begin in range(0, len(alike), _AT_ONCE):
+            part = alike[begin : begin + _AT_ONCE]
+            ours, theirs = self.take(left[part]).view(np.uint64), self.take(right[part]).view(np.uint64)
+            unequal[part] = (ours != theirs).any(axis=1)
+        return unequal
+
+    def _beginning(self, rows: Rows) -> NDArray[np.uint64]:
+        """The first eight bytes of `rows`."""
+        words = self.trace.rows.view(np.uint64)[:, 0]
+        if not self._composed:
+            return words[rows]
+        beyond = rows >= len(words)
+        out = words[np.where(beyond, 0, rows)]
+        out[beyond] = self.take(rows[beyond]).view(np.uint64)[:, 0]
+        return out

@@ -63,6 +63,13 @@ def column(values: NDArray[Any]) -> Sequence[int]:
     return memoryview(contiguous)
 
 
+def spread(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All that lies in the ranges `first[i]` to `last[i] - 1`, range by range: the number of the range, and what."""
+    count = last - first
+    which = np.repeat(np.arange(len(first)), count)
+    return which, np.arange(len(which)) + (first - (np.cumsum(count) - count))[which]
+
+
 class Table:
     """The columns of a trace's events, made once for all that walk through it.
 
@@ -188,27 +195,42 @@ class Durability(Walk):
         super().__init__(trace, file, kinds, lying)
         columns = table(trace)
         self.first, self.last = columns.first, columns.last
-        end = int(np.asarray(self.last)[trace.events["file"] == file].max(initial=0))
+        self._first, self._last = np.asarray(self.first), np.asarray(self.last)
+        end = int(self._last[trace.events["file"] == file].max(initial=0))
         self.sectors = max(end, -(-trace.files[file].size // SECTOR))
         self.writer: NDArray[np.int32] = sparse_zeros(self.sectors, np.int32)  # type: ignore[assignment]
         self.others: dict[int, list[int]] = {}
-        self._issued = trace.events["issued"]
-        self._completed = trace.events["completed"]
+        self._issued, self._completed = np.asarray(self.issued), np.asarray(self.completed)
+
+    def _settle(self, events: list[int]) -> None:
+        """Those that nothing else was on at the same time are settled together: that is most, and less work."""
+        if self.overtaking or self.others or len(events) < 2:
+            super()._settle(events)
+            return
+        index = np.array(events)
+        first, last = self._first[index], self._last[index]
+        order = np.argsort(first)
+        which, sectors = spread(first, last)
+        before = self.writer[sectors]
+        rivals = (before > 0) & (self._completed[before - 1] > self._issued[index][which])
+        if rivals.any() or (first[order][1:] < last[order][:-1]).any():
+            super()._settle(events)
+            return
+        self.settled(index, which, sectors)
+        gone = set(events)
+        self.in_flight = [e for e in self.in_flight if e not in gone]
 
     def settle(self, event: int) -> None:
-        first, last = self.first[event], self.last[event]
-        before = self.writer[first:last]
-        where: slice | NDArray[np.int64] = slice(first, last)
+        sectors = np.arange(self.first[event], self.last[event])
+        before = self.writer[sectors]
         if before.any():
             rivals = (before > 0) & (self._completed[before - 1] > self.issued[event])
             if self.overtaking:
-                newer = self.overtaken(event, np.arange(first, last))
-                if newer.any():  # what is durable there came after this event: it stays
-                    where = first + np.flatnonzero(~newer)
-                    rivals &= ~newer
+                newer = self.overtaken(event, sectors)  # what is durable there came after this event: it stays
+                sectors, rivals = sectors[~newer], rivals[~newer]
             if rivals.any() or self.others:
-                self._keep_rivals(event, first + np.flatnonzero(rivals))
-        self.settled(event, where)
+                self._keep_rivals(event, sectors[rivals])
+        self.settled(np.array([event]), np.zeros(len(sectors), dtype=np.int64), sectors)
 
     def _keep_rivals(self, event: int, sectors: NDArray[np.int64]) -> None:
         first, last, issued = self.first[event], self.last[event], self.issued[event]
@@ -234,9 +256,10 @@ class Durability(Walk):
                 over |= sectors == sector
         return over
 
-    def settled(self, event: int, where: slice | NDArray[np.int64]) -> None:
-        """`event` became durable in the sectors `where`. Subclasses that keep more than the writer extend this."""
-        self.writer[where] = event + 1
+    def settled(self, events: NDArray[np.int64], which: NDArray[np.int64], sectors: NDArray[np.int64]) -> None:
+        """`events` became durable, each in those of `sectors` that `which` gives its number. Subclasses that keep more
+        than the writer extend this."""
+        self.writer[sectors] = (events + 1)[which]
 
 
 def log2_states(counts: Iterable[int]) -> float:

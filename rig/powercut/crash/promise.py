@@ -37,6 +37,7 @@ class Promise(Durability):
         super().__init__(trace, guest.id)
         self._torn = {"zeros": ZERO, "garbage": GARBAGE}.get(torn)
         events = trace.events
+        self._kind = np.asarray(self.kind)
         self.size = self.sectors * SECTOR  # bytes of the disk at its largest
         self._size = guest.size
         # One more at the end, for an index of -1: what was there before the first event.
@@ -74,14 +75,16 @@ class Promise(Durability):
     def entered(self, event: int) -> None:
         self._live[event] = True
 
-    def settled(self, event: int, where: slice | Sectors) -> None:
-        self._live[event] = False
-        if self.kind[event] == Kind.DISCARD:
-            self._may_be_zero[where] = True
-            return
-        super().settled(event, where)
-        self._may_be_zero[where] = False
-        self.tightened.append((self.first[event], self.last[event]))
+    def settled(self, events: Sectors, which: Sectors, sectors: Sectors) -> None:
+        self._live[events] = False
+        hint = self._kind[events] == Kind.DISCARD
+        if hint.any():
+            self._may_be_zero[sectors[hint[which]]] = True
+            which, sectors = which[~hint[which]], sectors[~hint[which]]
+        super().settled(events, which, sectors)
+        self._may_be_zero[sectors] = False
+        firm = events[~hint]
+        self.tightened += zip(self._first[firm].tolist(), self._last[firm].tolist(), strict=True)
 
     def legal(self, at: Sectors, op: Sectors, stamped: Sectors) -> NDArray[np.bool_]:
         """Whether guest sector `at[i]` may hold the stamp of operation `op[i]` for sector `stamped[i]`."""
