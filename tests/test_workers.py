@@ -53,7 +53,7 @@ def cluster():
 def test_processes_and_this_one_say_the_same(plan):
     tasks = tasks_of(Path(plan.trace))
     here = sorted_results(Here(Trace(plan.trace)).explore(plan, tasks))
-    pool = Processes(2)
+    pool = Processes(2, Trace(plan.trace))
     try:
         assert sorted_results(pool.explore(plan, tasks)) == here
     finally:
@@ -68,7 +68,7 @@ def test_a_killed_process_loses_no_result(tmp_path):
     tasks = tasks_of(Path(plan.trace))
     here = sorted_results(Here(Trace(plan.trace)).explore(plan, tasks))
     before = set(multiprocessing.active_children())
-    pool = Processes(2)
+    pool = Processes(2, Trace(plan.trace))
     try:
         results, killed = [], 0
         for result in pool.explore(plan, tasks):
@@ -86,8 +86,8 @@ def test_a_killed_process_loses_no_result(tmp_path):
 def test_workers_that_cannot_live_are_not_tried_for_ever(monkeypatch):
     """Control: if every worker dies, that is said, and is no verdict."""
     monkeypatch.setattr("powercut.explore.workers.prepare", _die)
-    pool = Processes(1)
     plan = Plan(str(SHIPPED / "shipped-qcow2.trace"), "qcow2")
+    pool = Processes(1, Trace(plan.trace))
     with pytest.raises(EnvironmentFault, match="4 times in a row"):
         list(pool.explore(plan, tasks_of(Path(plan.trace))))
     pool.close()

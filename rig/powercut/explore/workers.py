@@ -13,9 +13,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from powercut.explore.session import Plan, Session
 from powercut.trace import Trace
 
 _TRIES = 4  # times in a row that workers may be lost before anything is handed in
+_PORTION = 16  # tasks that are given out together, unless each takes long
 _PIECE = 32 << 20  # bytes of a trace that are shipped at once
 
 
@@ -62,80 +64,119 @@ _local = _Local()
 def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
     """In a worker: explore `tasks`."""
     session = _local.session
-    if session is None or session.plan != plan or session.image.position > tasks[0].position:
+    if session is None or session.plan != plan:
         session = _local.session = Session(plan)
+    elif session.image.position > tasks[0].position:
+        session = _local.session = Session(plan, session.trace)
     return list(session.explore(tasks))
 
 
-def _portions(plan: Plan, tasks: Sequence[Task]) -> list[list[Task]]:
-    """Tasks that are given out together: few where each takes long."""
-    size = 1 if plan.checker or plan.faults else max(8, min(64, len(tasks) // 16))
-    return [list(tasks[i : i + size]) for i in range(0, len(tasks), size)]
+@dataclass(slots=True)
+class _Lane:
+    """A worker and the tasks it has before it, which follow each other: it goes forward only, and what it skips costs
+    it time. `tries`: how often in a row it was lost before it handed anything in."""
+
+    start: Callable[[], Executor]
+    executor: Executor
+    left: list[Task] = field(default_factory=list)
+    tries: int = 0
 
 
 class Pool:
-    """Workers behind an executor, which `start` makes, and makes again when it is broken."""
+    """Workers behind an executor each, which `starts` make, and make again when it is broken."""
 
-    def __init__(self, start: Callable[[], Executor]) -> None:
-        self._start = start
-        self._executor = start()
+    def __init__(self, starts: Sequence[Callable[[], Executor]]) -> None:
+        self._lanes = [_Lane(start, start()) for start in starts]
 
     def explore(self, plan: Plan, tasks: Sequence[Task]) -> Iterator[EpochResult]:
-        left, tries = _portions(plan, tasks), 0
-        while left:
-            if tries == _TRIES:
-                raise EnvironmentFault(f"worker processes were lost {tries} times in a row (killed, or out of memory)")
-            futures = self._submit(plan, left)
-            left, tries = [], tries + 1
-            for future in as_completed(futures):
+        size = 1 if plan.checker or plan.faults else _PORTION
+        share = -(-len(tasks) // len(self._lanes))
+        for number, lane in enumerate(self._lanes):
+            lane.left, lane.tries = list(tasks[number * share : (number + 1) * share]), 0
+        futures: dict[Future[list[EpochResult]], tuple[_Lane, list[Task]]] = {}
+
+        def give(lane: _Lane) -> None:
+            if not lane.left:
+                self._share(lane, size)
+            if lane.left:
+                portion, lane.left = lane.left[:size], lane.left[size:]
+                futures[self._submit(lane, plan, portion)] = lane, portion
+
+        for lane in self._lanes:
+            give(lane)
+        while futures:
+            done, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in done:
+                lane, portion = futures.pop(future)
                 try:
                     results = future.result()
                 except self._lost():
-                    left.append(futures[future])
+                    lane.left[:0] = portion
+                    lane.tries += 1
+                    if lane.tries == _TRIES:
+                        words = f"worker processes were lost {_TRIES} times in a row (killed, or out of memory)"
+                        raise EnvironmentFault(words) from None
+                    self._again(lane, plan)
+                    give(lane)
                     continue
-                tries = 0
+                lane.tries = 0
+                give(lane)
                 yield from results
-            if left:
-                self._again(plan)
-                left.sort(key=lambda portion: portion[0].index)
 
-    def _submit(self, plan: Plan, portions: list[list[Task]]) -> dict[Future[list[EpochResult]], list[Task]]:
-        futures: dict[Future[list[EpochResult]], list[Task]] = {}
-        for portion in portions:
-            try:
-                futures[self._executor.submit(_work, plan, portion)] = portion
-            except BrokenExecutor as error:  # while the first of them are at work already
-                future: Future[list[EpochResult]] = Future()
-                future.set_exception(error)
-                futures[future] = portion
-        return futures
+    def _share(self, lane: _Lane, size: int) -> None:
+        """Let `lane` have half of what is left to the one that has most."""
+        richest = max(self._lanes, key=lambda other: len(other.left))
+        half = len(richest.left) // 2
+        if half >= size:
+            richest.left, lane.left = richest.left[:-half], richest.left[-half:]
+
+    def _submit(self, lane: _Lane, plan: Plan, portion: list[Task]) -> Future[list[EpochResult]]:
+        try:
+            return lane.executor.submit(_work, plan, portion)
+        except BrokenExecutor as error:  # it was lost while it had nothing to do
+            future: Future[list[EpochResult]] = Future()
+            future.set_exception(error)
+            return future
 
     def _lost(self) -> tuple[type[BaseException], ...]:
         """What a future raises whose worker was lost."""
         return (BrokenExecutor,)
 
-    def _again(self, plan: Plan) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        self._executor = self._start()
+    def _again(self, lane: _Lane, plan: Plan) -> None:
+        lane.executor.shutdown(wait=False, cancel_futures=True)
+        lane.executor = lane.start()
 
     def abandon(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for lane in self._lanes:
+            lane.executor.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Let the workers go."""
-        self._executor.shutdown(cancel_futures=True)
+        for lane in self._lanes:
+            lane.executor.shutdown(cancel_futures=True)
 
 
 class Processes(Pool):
-    """`jobs` processes of this machine. None outlives this one, however it ends."""
+    """`jobs` processes of this machine. None outlives this one, however it ends.
 
-    def __init__(self, jobs: int) -> None:
+    They are forked from this one when it has opened `trace` and stands before it, and share what that takes.
+    """
+
+    def __init__(self, jobs: int, trace: Trace) -> None:
         self._others = set(multiprocessing.active_children())
-        super().__init__(lambda: ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), prepare))
+        self._trace = trace
+        super().__init__([lambda: ProcessPoolExecutor(1, multiprocessing.get_context("fork"), prepare)] * jobs)
 
-    def _submit(self, plan: Plan, portions: list[list[Task]]) -> dict[Future[list[EpochResult]], list[Task]]:
+    def explore(self, plan: Plan, tasks: Sequence[Task]) -> Iterator[EpochResult]:
+        _local.session = Session(plan, self._trace)
+        try:
+            yield from super().explore(plan, tasks)
+        finally:
+            _local.session = None
+
+    def _submit(self, lane: _Lane, plan: Plan, portion: list[Task]) -> Future[list[EpochResult]]:
         with _interrupted_later():
-            return super()._submit(plan, portions)
+            return super()._submit(lane, plan, portion)
 
     def abandon(self) -> None:
         for process in set(multiprocessing.active_children()) - self._others:
@@ -162,8 +203,9 @@ def _interrupted_later() -> Iterator[None]:
 
 
 def prepare() -> None:
-    """In a new worker process: leave Ctrl-C to the parent, and end with it."""
+    """In a new worker process: leave Ctrl-C to the parent, and end with it, or when it says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
@@ -193,22 +235,27 @@ class Cluster(Pool):
             raise EnvironmentFault(f"no Dask scheduler answers at {address}: {error}") from None
         self._killed: type[BaseException] = distributed.KilledWorker
         self._hash = ""
-        super().__init__(lambda: self._client.get_executor(pure=False))
+        threads = [address for address, number in self._client.nthreads().items() for _ in range(number)]
+        super().__init__([partial(self._executor_at, address) for address in threads or [None]])
+
+    def _executor_at(self, address: str | None) -> Executor:
+        """The worker at `address`, or another if that is gone."""
+        there = {"workers": [address], "allow_other_workers": True} if address else {}
+        executor: Executor = self._client.get_executor(pure=False, **there)
+        return executor
 
     def explore(self, plan: Plan, tasks: Sequence[Task]) -> Iterator[EpochResult]:
         self._hash = Trace(plan.trace).hash
         self._ship(plan)
         return super().explore(plan, tasks)
 
-    def _submit(self, plan: Plan, portions: list[list[Task]]) -> dict[Future[list[EpochResult]], list[Task]]:
-        return {
-            self._executor.submit(_work_from_cache, plan, self._hash, portion): portion for portion in portions
-        }  # fmt: skip
+    def _submit(self, lane: _Lane, plan: Plan, portion: list[Task]) -> Future[list[EpochResult]]:
+        return lane.executor.submit(_work_from_cache, plan, self._hash, portion)
 
     def _lost(self) -> tuple[type[BaseException], ...]:
         return (Missing, self._killed, BrokenExecutor)
 
-    def _again(self, plan: Plan) -> None:
+    def _again(self, lane: _Lane, plan: Plan) -> None:
         self._ship(plan)  # a worker that came later has not got the trace
 
     def _ship(self, plan: Plan) -> None:
@@ -225,7 +272,8 @@ class Cluster(Pool):
                 begin += len(piece)
 
     def abandon(self) -> None:
-        self._executor.shutdown(wait=False)
+        for lane in self._lanes:
+            lane.executor.shutdown(wait=False)
 
     def close(self) -> None:
         self._client.close()
@@ -266,7 +314,7 @@ def workers(trace: Trace, jobs: int, cluster: str | None) -> Iterator[Workers]:
     if cluster is None and jobs == 1:
         yield Here(trace)
         return
-    pool = Processes(jobs) if cluster is None else Cluster(cluster)
+    pool = Processes(jobs, trace) if cluster is None else Cluster(cluster)
     try:
         yield pool
     except BaseException:
