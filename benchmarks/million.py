@@ -16,6 +16,7 @@ from rows import explored, row
 
 from powercut.capture.nbd import RecordingExport
 from powercut.guest.daemon import Daemon, create_image
+from powercut.guest.lifetime import with_parent
 from powercut.guest.workload import Operation, Workload
 from powercut.trace import SECTOR, Kind, Trace, TraceWriter
 from quire.nbd import Server
@@ -77,7 +78,7 @@ for result in session.explore(Task(i, p, None) for i, p in enumerate(positions))
 rates = [tenth / (b - a) for a, b in zip(marks, marks[1:])]
 print(rates[1], rates[9], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(with_parent([sys.executable, "-c", code]), capture_output=True, text=True, check=True)
     early, late, memory = done.stdout.split()
     return float(early), float(late), int(memory)
 
@@ -87,7 +88,7 @@ def killed(path: Path) -> tuple[int, float]:
     command = [sys.executable, "-m", "powercut.cli", "explore", str(path), "--jobs", "2"]
     progress = Path(f"{path}.progress")
     count = sum(1 for _ in _epochs(path))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(with_parent(command), stdout=subprocess.DEVNULL)
     while not progress.exists() or progress.read_bytes().count(b"\n") < count // 3:
         if process.poll() is not None:
             raise RuntimeError("the exploration ended before it could be killed")

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from powercut.guest.lifetime import with_parent
+
 
 def row(what: str, figure: str, wanted: str = "") -> None:
     """Print one figure."""
@@ -39,7 +41,7 @@ class Explored:
 def record(path: Path, operations: int, *more: str) -> None:
     """Record QEMU's qcow2 by the command that a user runs."""
     command = [sys.executable, "-m", "powercut.cli", "record", "qcow2", "--ops", str(operations), "--seed", "7", *more]
-    subprocess.run([*command, "--out", str(path)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(with_parent([*command, "--out", str(path)]), check=True, stdout=subprocess.DEVNULL)
 
 
 def explored(path: Path, jobs: int, *more: str) -> Explored:
@@ -47,7 +49,7 @@ def explored(path: Path, jobs: int, *more: str) -> Explored:
     result = path.with_suffix(".json")
     command = [sys.executable, "-m", "powercut.cli", "explore", str(path), "--jobs", str(jobs), "--json", str(result)]
     begin = time.perf_counter()
-    process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(with_parent([*command, *more]), stdout=subprocess.DEVNULL)
     _, _, usage = os.wait4(process.pid, 0)
     taken = time.perf_counter() - begin
     spent = usage.ru_utime + usage.ru_stime

@@ -18,10 +18,11 @@ from powercut.crash.model import CHANGES, Durability, spread, table
 from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
 from powercut.sparse import sparse_zeros
-from powercut.stamp import GARBAGE, decode
+from powercut.stamp import GARBAGE, ZERO, decode
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
 
 Rows = NDArray[np.int64]
+_UNKNOWN = min(ZERO, GARBAGE) - 1  # no operation's number
 _AT_ONCE = 2048  # rows: a MiB of sectors, which stays in a processor's cache
 
 
@@ -45,11 +46,9 @@ class Tokens:
     """What the rows of a trace mean as stamps, decoded when first asked for. Composed rows are garbage."""
 
     def __init__(self, trace: Trace) -> None:
-        count = len(trace.rows)
         self._rows = trace.rows
-        self._known: Any = sparse_zeros(count, np.bool_)
-        self._op: Any = sparse_zeros(count, np.int64)
-        self._sector: Any = sparse_zeros(count, np.int64)
+        self._op: Any = sparse_zeros(len(trace.rows), np.int64)  # by `_UNKNOWN` less than it is
+        self._sector: Any = sparse_zeros(len(trace.rows), np.int64)
 
     def of(self, rows: Rows) -> tuple[Rows, Rows]:
         """The operation (or ZERO, GARBAGE) and guest sector that each of `rows` is stamped with."""
@@ -57,13 +56,15 @@ class Tokens:
         if beyond.any():
             op, sector = self.of(np.where(beyond, 0, rows))
             return np.where(beyond, GARBAGE, op), sector
-        new = rows[~self._known[rows]]
+        op = self._op[rows]
+        new = np.flatnonzero(op == 0)
         for begin in range(0, len(new), _AT_ONCE):
-            part = new[begin : begin + _AT_ONCE]
+            part = rows[new[begin : begin + _AT_ONCE]]
             stamps = decode(self._rows.take(part, axis=0))
-            self._op[part], self._sector[part] = stamps.op, stamps.sector
-            self._known[part] = True
-        return self._op[rows], self._sector[rows]
+            self._op[part], self._sector[part] = stamps.op - _UNKNOWN, stamps.sector
+        if len(new):
+            op[new] = self._op[rows[new]]
+        return op + _UNKNOWN, self._sector[rows]
 
 
 class Contents(Durability):
@@ -247,7 +248,7 @@ class Contents(Durability):
         number `which[i]` leaves them if nothing else in flight survives."""
         if self.per_atom == 1:
             return self._rows_of(events, which, sectors[:, 0])[:, None]
-        rows = self.rows[sectors]
+        rows: Rows = self.rows[sectors]
         covered = (self._first[events][which, None] <= sectors) & (sectors < self._last[events][which, None])
         rows[covered] = self._rows_of(events, which[np.nonzero(covered)[0]], sectors[covered])
         for number in [i for i, event in enumerate(events.tolist()) if event in self._edges]:
@@ -364,7 +365,7 @@ class Contents(Durability):
 
     def _unequal(self, left: Rows, right: Rows) -> NDArray[np.bool_]:
         """Where two rows differ. Most do in their first bytes, and are read no further."""
-        unequal = self._beginning(left) != self._beginning(right)
+        unequal: NDArray[np.bool_] = self._beginning(left) != self._beginning(right)
         alike = np.flatnonzero(~unequal & (left != right))
         for begin in range(0, len(alike), _AT_ONCE):
             part = alike[begin : begin + _AT_ONCE]
