@@ -24,6 +24,7 @@ from powercut.trace import SECTOR, FileInfo, Kind, Trace
 Rows = NDArray[np.int64]
 _UNKNOWN = min(ZERO, GARBAGE) - 1  # no operation's number
 _AT_ONCE = 2048  # rows: a MiB of sectors, which stays in a processor's cache
+_MANY = 8 * _AT_ONCE
 
 
 class InFlight(NamedTuple):
@@ -46,6 +47,7 @@ class Tokens:
     """What the rows of a trace mean as stamps, decoded when first asked for. Composed rows are garbage."""
 
     def __init__(self, trace: Trace) -> None:
+        self._trace = trace
         self._rows = trace.rows
         self._op: Any = sparse_zeros(len(trace.rows), np.int64)  # by `_UNKNOWN` less than it is
         self._sector: Any = sparse_zeros(len(trace.rows), np.int64)
@@ -58,7 +60,11 @@ class Tokens:
             return np.where(beyond, GARBAGE, op), sector
         op = self._op[rows]
         new = np.flatnonzero(op == 0)
+        if len(new) > _MANY:  # in the order of the file, so that little of it is in memory at a time
+            new = new[np.argsort(rows[new])]
         for begin in range(0, len(new), _AT_ONCE):
+            if begin and begin % _MANY == 0:
+                self._trace.release()
             part = rows[new[begin : begin + _AT_ONCE]]
             stamps = decode(self._rows.take(part, axis=0))
             self._op[part], self._sector[part] = stamps.op - _UNKNOWN, stamps.sector
