@@ -26,12 +26,12 @@ from powercut.guest.hardware import Disk, Hardware
 from powercut.guest.images import CACHES, Image
 from powercut.guest.kernel import kernel
 from powercut.guest.ledger import Ledger
-from powercut.guest.scratch import scratch
 from powercut.guest.workload import Operation
 from powercut.guest.writing import Writing
 from powercut.loops.cycle import Lane
 from powercut.loops.loop import Loops
 from powercut.scenario import Loop, Scenario, Workload
+from powercut.scratch import scratch
 from powercut.trace import SECTOR, Kind
 
 SIZE = 256 << 20

@@ -23,11 +23,11 @@ from powercut.endings import Running
 from powercut.errors import Crashed, EnvironmentFault
 from powercut.guest.images import Image
 from powercut.guest.machine import Machine
-from powercut.guest.scratch import scratch
 from powercut.loops import loop
 from powercut.loops.cycle import Lane
 from powercut.loops.loop import Loops
 from powercut.scenario import Loop, Recording, Scenario, Workload
+from powercut.scratch import scratch
 from support.guests import hardware
 
 pytestmark = pytest.mark.guest

@@ -17,7 +17,7 @@ SOURCE_ROOTS = {"powercut": ROOT / "rig", "quire": ROOT / "format"}
 
 # From the ground up. A part imports what lies on lower floors, and itself; on the ground also its neighbours.
 FLOORS = [
-    {"errors", "verdict", "disk", "trace", "sparse", "stamp", "stats", "compiled"},
+    {"errors", "verdict", "disk", "trace", "sparse", "stamp", "stats", "compiled", "scratch"},
     {"scenario", "compare", "mount"},
     {"capture", "crash", "oracles", "guest", "report"},
     {"stores", "doctor", "endings"},

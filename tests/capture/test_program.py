@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +264,24 @@ def test_an_image_that_qemu_io_writes_is_explored(folder):
     arguments = ["explore", str(trace), "--format", "qcow2", "--rule", "structure", "--save", str(folder.parent / "f")]
     explored = CliRunner().invoke(main, arguments)
     assert explored.exit_code == 0, explored.output
+
+
+def test_what_a_killed_capture_left_behind_goes_with_the_next(folder):
+    """And what one that still runs has beside it stays."""
+    ready = folder.parent / "ready"
+    waiting = f"import time; open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    command = [sys.executable, "-m", "powercut.cli", "capture", "--out", str(folder.parent / "t"), "--dir", str(folder)]
+    with subprocess.Popen([*command, "--", sys.executable, "-c", waiting], start_new_session=True) as running:
+        try:
+            while not ready.exists():
+                assert running.poll() is None
+                time.sleep(0.05)
+            left = list(folder.parent.glob(".powercut-capture-*"))
+            assert len(left) == 1
+            assert run_captured(folder, sys.executable, "-c", "").exit_code == 0
+            assert list(folder.parent.glob(".powercut-capture-*")) == left
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert left[0].exists()
+    assert run_captured(folder, sys.executable, "-c", "").exit_code == 0
+    assert list(folder.parent.glob(".powercut-capture-*")) == []

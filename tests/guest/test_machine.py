@@ -23,9 +23,9 @@ from powercut.guest.hardware import Disk
 from powercut.guest.hosting import hosted
 from powercut.guest.ledger import Keeps, Ledger, read
 from powercut.guest.machine import Machine
-from powercut.guest.scratch import scratch, sweep
 from powercut.guest.workload import Operation
 from powercut.guest.writing import Writing
+from powercut.scratch import scratch, sweep
 from powercut.trace import Kind
 from quire.nbd import Server
 from quire.nbd_protocol import Data
@@ -94,7 +94,7 @@ def test_a_start_that_fails_says_what_qemu_said() -> None:
 def test_a_rig_that_is_killed_leaves_nothing_for_long() -> None:
     hardware()
     program = (
-        "import sys, time; from support.guests import *; from powercut.guest import start; from powercut.guest.scratch "
+        "import sys, time; from support.guests import *; from powercut.guest import start; from powercut.scratch "
         "import scratch\nwith scratch() as f, start.restore(hardware(), [disk(f)], f) as m:\n"
         "    print(m.pid, f, flush=True); time.sleep(60)"
     )

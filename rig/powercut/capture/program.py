@@ -11,10 +11,9 @@ import shutil
 import stat
 import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.replayed import compare
 from powercut.capture.translate import MAX_FILES, Translation, find_image
 from powercut.errors import EnvironmentFault, InputError
+from powercut.scratch import scratch
 from powercut.trace import Trace, TraceWriter
 
 SOURCES = ("recorder.c", "recorder_log.h", "recorder_lazy.h")
@@ -125,16 +125,15 @@ def capture(
         check_program(command[0])
         library = build()
     out = Path(os.path.realpath(out))
-    try:
-        scratch_folder = tempfile.TemporaryDirectory(prefix=".powercut-capture-", dir=out.parent)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
-    with scratch_folder as scratch:
-        partial = Path(scratch) / "trace"
-        log, copies = Path(scratch) / "log", Path(scratch) / "before"
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch(".powercut-capture-", out.parent))
+        except OSError as error:
+            raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+        partial, log, copies = folder / "trace", folder / "log", folder / "before"
         log.mkdir()
         copies.mkdir()
-        tree = Tree(roots, {str(out), scratch})
+        tree = Tree(roots, {str(out), str(folder)})
         tree.save(copies, limit)
         stopped = None
         if library is None:
@@ -187,7 +186,7 @@ def capture(
             stopped = str(error).replace(str(partial), str(out))
         trace = Trace(partial)
         if not stopped:
-            compare(tree, trace, Path(scratch), translation.past)
+            compare(tree, trace, folder, translation.past)
         result.files = len(trace.files)
         os.replace(partial, out)
         if stopped:

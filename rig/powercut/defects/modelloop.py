@@ -35,11 +35,11 @@ from powercut.guest.hardware import Disk, Hardware
 from powercut.guest.kernel import kernel
 from powercut.guest.ledger import Keeps, Ledger
 from powercut.guest.nbd_client import Client
-from powercut.guest.scratch import scratch
 from powercut.guest.workload import COMMANDS, Operation, draw, payload
 from powercut.guest.writing import Step, Writing
 from powercut.recording import modelled
 from powercut.scenario import Scenario, parse_size
+from powercut.scratch import scratch
 from powercut.trace import SECTOR, Kind
 from quire.nbd import Server
 

@@ -24,10 +24,10 @@ from powercut.faults.target import Target
 from powercut.guest.control import Control, Guest
 from powercut.guest.daemon import create_image
 from powercut.guest.expectation import Expectation, Range
-from powercut.guest.scratch import scratch
 from powercut.guest.stubborn import TRIES, Seen, Served, Stubborn
 from powercut.guest.workload import Operation, Verb
 from powercut.oracles.readback import first_wrong
+from powercut.scratch import scratch
 from powercut.stamp import SECTOR
 from powercut.verdict import Severity
 

@@ -20,7 +20,7 @@ from powercut.errors import Crashed, EnvironmentFault, Unanswered
 from powercut.guest.hardware import Hardware
 from powercut.guest.kernel import Kernel
 from powercut.guest.machine import Machine
-from powercut.guest.scratch import scratch
+from powercut.scratch import scratch
 
 _PATIENCE = 10.0  # seconds until the probe guest must have answered; a real one takes one or two
 DEVICE = "/dev/kvm"

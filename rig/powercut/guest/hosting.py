@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from powercut.guest.scratch import unmount
+from powercut.scratch import unmount
 
 _SIZE = 4 << 30  # bytes, of which only what is written takes space
 _PATIENCE = 60.0

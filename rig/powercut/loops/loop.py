@@ -28,12 +28,12 @@ from powercut.guest.hardware import Hardware
 from powercut.guest.hosting import hosted
 from powercut.guest.kernel import kernel
 from powercut.guest.machine import kill_all
-from powercut.guest.scratch import scratch
 from powercut.loops.brought import BroughtLane
 from powercut.loops.cut import CutLane
 from powercut.loops.cycle import Cycled, Lane, copy
 from powercut.loops.mounted import FileLane
 from powercut.scenario import Scenario, parse_size
+from powercut.scratch import scratch
 from powercut.trace import SECTOR
 from powercut.verdict import Severity
 

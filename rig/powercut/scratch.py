@@ -1,4 +1,4 @@
-"""Folders for running guests, which are gone afterwards however the run ended.
+"""Folders for what a run needs while it lasts, which are gone afterwards however the run ended.
 
 Each holds a file `lock` that its owner keeps locked as long as it lives. The next run of the rig finds the folders
 whose owner is gone (it was killed), ends the processes whose command line names them, and removes them.
@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PREFIX = "powercut-guest-"
+_PREFIX = "powercut-guest-"  # of folders among the system's temporary files
 _YOUNG = 60.0  # seconds that a folder may go without a lock: it is just being made
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A new folder, removed when the context is left. What runs that were killed left behind goes first."""
-    sweep()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+def scratch(prefix: str = _PREFIX, beside: Path | None = None) -> Iterator[Path]:
+    """A new folder, in the folder `beside` if that is given, removed when the context is left. What runs that were
+    killed left behind there goes first. Raises OSError."""
+    sweep(prefix, beside)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=beside))
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -35,10 +36,10 @@ def scratch() -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep() -> list[Path]:
-    """Remove every folder whose owner is gone, with the processes that belong to it. Returns those folders."""
+def sweep(prefix: str = _PREFIX, beside: Path | None = None) -> list[Path]:
+    """Remove every such folder whose owner is gone, with the processes that belong to it. Returns those folders."""
     gone = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in (beside or Path(tempfile.gettempdir())).glob(f"{prefix}*"):
         with suppress(OSError):
             if folder.stat().st_uid == os.geteuid() and _is_abandoned(folder):
                 _end_processes(folder)
