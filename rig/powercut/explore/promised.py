@@ -169,7 +169,11 @@ class Promised(Outside):
         else:
             synced = _sound(disk)
             if synced is None or synced.shape != done.shape or (synced != done).any():
-                self.reasons.append(f"{path}: its maker ended without having synced it: nothing is promised of it")
+                command = self._trace.meta.get("command") or [""]
+                again = "; qemu-img syncs what it writes with `-t writeback`" if "qemu-img" in command[0] else ""
+                self.reasons.append(
+                    f"{path}: its maker ended without having synced it: nothing is promised of it{again}"
+                )
             else:
                 self._images.append(Image(path, format, (done,), False))
                 self.judged.append(f"{path} ({format}), once its maker had ended")

@@ -144,7 +144,7 @@ def explore_set(
     reasons += [str(why) for why in (trace.truncated, trace.meta.get("truncated")) if why]
     reasons += [f"{name} was changed in ways that were not recorded ({', '.join(ways)})" for name, ways in _past(trace)]
     if not positions:
-        reasons.append("nothing is promised at any moment: there is no rule to judge")
+        reasons.append("nothing is promised at any moment: there is no rule to judge (--checker CMD is one)")
     verdict = found.verdict
     if verdict is Verdict.HOLDS and reasons:
         verdict = Verdict.UNKNOWN
