@@ -161,11 +161,7 @@ class Commit:
     def unproven(self, first: int, last: int) -> bool:
         """Whether the home of any block from `first` to `last` must not change yet. The caller holds `lock`."""
         tail = self._unproven
-        if not tail:
-            return False
-        if last - first < len(tail):
-            return any(block in tail for block in range(first, last + 1))
-        return any(first <= block <= last for block in tail)
+        return bool(tail) and not tail.isdisjoint(range(first, last + 1))
 
     def prove(self) -> None:
         """Make it known on disk that the tail is durable. Waits for a commit that is in progress."""

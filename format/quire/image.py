@@ -48,9 +48,12 @@ class Image:
     def write(self, offset: int, data: Buffer, fua: bool = False) -> None:
         """Write `data` at `offset`; with `fua` it is durable when this returns. If it raises, any part of it may have
         been written."""
-        if self._some(offset, len(data)):
+        length = len(data)
+        if self._some(offset, length):
+            first, last = offset // BLOCK, (offset + length - 1) // BLOCK
             with self._lock:
-                self._prove((offset, offset + len(data)))
+                while self.leaf.unproven(first, last):
+                    self._prove()
                 self.leaf.write(offset, data)
             self._settle(fua)
 
@@ -61,7 +64,9 @@ class Image:
             while offset < end:  # pieces end at multiples of _PIECE, which no block straddles
                 stop = min(end, (offset // _PIECE + 1) * _PIECE)
                 with self._lock:
-                    self._prove((offset, offset + 1), (stop - 1, stop))  # only the edges' homes are written
+                    first, last = offset // BLOCK, (stop - 1) // BLOCK  # only the edges' homes are written
+                    while self.leaf.unproven(first, first) or self.leaf.unproven(last, last):
+                        self._prove()
                     self.leaf.zero(offset, stop - offset, punch=may_unmap)
                 offset = stop
             self._settle(fua)
@@ -101,14 +106,13 @@ class Image:
         self.leaf.admit()
         return length > 0
 
-    def _prove(self, *ranges: tuple[int, int]) -> None:
-        """Wait until the homes of these bytes may change. The caller holds the lock once; others run meanwhile."""
-        while any(self.leaf.unproven(begin // BLOCK, (end - 1) // BLOCK) for begin, end in ranges):
-            self._lock.release()
-            try:
-                self.leaf.prove()
-            finally:
-                self._lock.acquire()
+    def _prove(self) -> None:
+        """Prove the tail. The caller holds the lock once; others run meanwhile, and may leave another tail."""
+        self._lock.release()
+        try:
+            self.leaf.prove()
+        finally:
+            self._lock.acquire()
 
     def _settle(self, fua: bool) -> None:
         if fua or self.leaf.crowded:
