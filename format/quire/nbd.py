@@ -151,11 +151,13 @@ class Connection:
             self._view[:kept] = self._view[self._start : self._end]
             self._start, self._end = 0, kept
         batch: list[Request] = []
-        weight = 0
+        weight, drained = 0, False
         while True:
             weight += self._parse(batch)
             if self._ended or len(batch) >= BATCH or weight >= BATCH_BYTES:
                 return batch
+            if drained and batch and not self._large and self._start == self._end:
+                return batch  # asking once more would cost as much as a request, only to hear that there is nothing
             room = self._rest if self._large else self._view[self._end :]
             if not room:
                 return batch
@@ -170,6 +172,7 @@ class Connection:
             if not count:
                 self._ended = True  # what was read before counts: it was issued
                 return batch
+            drained = count < len(room)
             if self._large:
                 self._rest = self._rest[count:]
             else:
