@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from powercut.crash.store import in_memory
-from powercut.errors import EnvironmentFault
+from powercut.errors import EnvironmentFault, NotServed
 from powercut.explore.calls import Calls, Remembered
 from powercut.mount import Mount
+from support.filetrace import files_under
 
 
 def usable() -> bool:
@@ -28,7 +30,11 @@ SCRIPT = """
 echo one > a; echo two >> a; cat a; mv a b; ls; cp b c; echo other > c; mv c b; cat b; rm b; ls; cat b
 head -c 3000 /dev/zero | tr '\\0' x > d; truncate -s 1000 d; wc -c < d; truncate -s 5000 d; cksum d
 dd if=d of=e bs=512 count=3 seek=2 conv=notrunc,fsync 2> /dev/null; cksum e; wc -c < e
-exec 3<> f; echo unlinked >&3; rm f; ls; exec 3>&-; : > e; wc -c < e; ls nothing; cd ..
+exec 3<> f; echo unlinked >&3; rm f; ls; exec 3>&-; : > e; wc -c < e; ls nothing
+mkdir p p/q; mkdir p; echo x > p/q/f; mv p/q r; ls p r; cat r/f; rmdir r; rmdir p; mv r s; cat r/f; mkdir t u
+mv s/f t/; rmdir s; ln t/f l; cat l; mv t u; ls -R u; mkdir v; echo y > v/f; mv -T v u; mv -T u l
+mv l u/f; cat u/f; rmdir v; mkdir w; mv -T v w; ls -R
+tar cf t.tar u w && rm -r u w && tar xf t.tar && find u w | sort; rm t.tar
 """
 
 
@@ -43,11 +49,20 @@ def test_a_shell_cannot_tell_it_from_a_real_directory(tmp_path):
     calls = Calls(in_memory())  # type: ignore[arg-type]
     with Mount() as mount, mount.serving(calls) as path:
         assert said(path) == expected
-        assert sorted(os.listdir(path)) == sorted(os.listdir(tmp_path / "real"))
-        for name in os.listdir(path):
-            with open(os.path.join(path, name), "rb") as one, open(tmp_path / "real" / name, "rb") as other:
-                assert one.read() == other.read()
+        assert files_under(Path(path)) == files_under(tmp_path / "real")
     assert not os.path.exists(mount.path), "nothing is left"
+
+
+def test_what_is_not_served_is_said(planted):
+    """A program that is refused something has not been shown the state: that must not pass for its verdict."""
+    calls = Calls(in_memory())  # type: ignore[arg-type]
+    with Mount() as mount:
+        for command, what in (("ln -s here there", "a symbolic link"), ("mkfifo there", "a device, socket")):
+            with pytest.raises(NotServed, match=what), mount.serving(calls) as path:
+                subprocess.run(command.split(), cwd=path, capture_output=True, check=False)
+            planted(f"not served: {what}", True)
+        with mount.serving(calls) as path:
+            subprocess.run(["mkdir", "there"], cwd=path, check=True)
 
 
 def test_the_process_stays_where_it_was(tmp_path, monkeypatch):

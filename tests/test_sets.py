@@ -281,6 +281,57 @@ def test_a_checker_that_repairs_is_explored_inside_its_repair(work, planted):
         assert verdict is expected
 
 
+@pytest.mark.parametrize("safely", [True, False])
+def test_a_recovery_may_make_and_move_directories(work, planted, safely):
+    """A new version is made in a directory beside the old one, which is then moved away; without the syncs a crash in
+    between leaves a version without its content."""
+    (work.folder / "now").mkdir()
+    (work.folder / "now" / "v").write_text("old")
+    work.program("open('wanted', 'w').close(); os.sync()")
+    sync = "for p in ('next/v', 'next', '.'): os.fsync(os.open(p, os.O_RDONLY))" if safely else ""
+    script = work.folder.parent / "update.py"
+    script.write_text(
+        "import os, shutil, sys\nos.chdir(sys.argv[1])\n"
+        "at = 'now' if os.path.isdir('now') else 'next'\n"
+        "if not os.path.isdir(at) or open(at + '/v').read() not in ('old', 'new'): sys.exit(1)\n"
+        "if os.path.exists('next') or not os.path.exists('wanted'): sys.exit(0)\n"
+        f"os.mkdir('next'); f = open('next/v', 'w'); f.write('new'); f.close()\n{sync}\n"
+        "os.mkdir('past'); os.rename('now', 'past/now'); os.fsync(os.open('.', os.O_RDONLY))\n"
+    )
+    _, said, output = work.explore("--checker", f"{sys.executable} {script} {{dir}}")
+    planted("a recovery that moves directories", (said["verdict"] == "HOLDS") == safely)
+    assert said["verdict"] == ("HOLDS" if safely else "BROKEN"), output
+    assert said["findings"] == [] or said["findings"][0]["level"] == 1
+
+
+SQL = "import sqlite3; db = sqlite3.connect('db'); db.executescript({!r})"
+LOOK = """
+import os, sqlite3, sys
+os.chdir(sys.argv[1])
+try:
+    db = sqlite3.connect("db")
+    sound = db.execute("pragma integrity_check").fetchone() == ("ok",)
+    sys.exit(not sound or db.execute("select sum(n) from t").fetchone()[0] not in (10, 20))
+except sqlite3.DatabaseError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("synchronous", ["full", "off"])
+def test_a_real_database_recovers_by_itself(work, planted, synchronous):
+    """SQLite, whose journal is rolled back by the checker that opens it; the control is its own way not to sync."""
+    work.run(sys.executable, "-c", SQL.format("create table t(n); insert into t values (10);"))
+    script = work.folder.parent / "look.py"
+    script.write_text(LOOK)
+    change = f"pragma synchronous={synchronous}; update t set n = 20;"
+    work.program(SQL.format(change))
+    options = ["--checker", f"{sys.executable} {script} {{dir}}", "--atom", "4096", "--recovery-depth", "0"]
+    _, said, output = work.explore(*options, "--budget", "2000")
+    planted("a database that does not sync", (said["verdict"] == "BROKEN") == (synchronous == "off"))
+    assert said["verdict"] == ("HOLDS" if synchronous == "full" else "BROKEN"), output
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interruption_keeps_what_was_found(work, jobs):
     """Ctrl-C while the first states are judged, by one process or two."""

@@ -4,6 +4,7 @@
       InputError            a file or an argument given by the user is not what it should be (exit code 2)
       EnvironmentFault      something this machine should have is missing or fails (exit code 2)
       Nondeterministic      a check read something else when it was repeated (verdict UNKNOWN)
+      NotServed             a program asked for what a served directory cannot do (verdict UNKNOWN)
       Unanswered            a guest, or QEMU, gave no answer in time (verdict UNKNOWN)
       Crashed               the program under test was ended by a signal (a finding, verdict BROKEN)
 
@@ -25,6 +26,10 @@ class EnvironmentFault(PowercutError):
 
 class Nondeterministic(PowercutError):
     """A check did not repeat itself: what it read differs from an earlier run with the same answers."""
+
+
+class NotServed(PowercutError):
+    """A program asked for something that a served directory cannot do."""
 
 
 class Unanswered(PowercutError):

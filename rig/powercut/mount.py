@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from powercut.errors import EnvironmentFault
+from powercut.errors import EnvironmentFault, NotServed
 from quire.store import File, Store
 
 PUNCH_HOLE, KEEP_SIZE, ZERO_RANGE = 2, 1, 16  # linux/falloc.h
@@ -32,11 +32,17 @@ Result = TypeVar("Result")
 
 
 class Tree(Store, Protocol):
-    """What can be served: a store that tells files from directories, and renames over files."""
+    """What can be served: a store that can do what file systems can (`powercut.crash.store.SetStore`)."""
 
     def kind(self, name: str) -> str | None: ...
 
-    def replace(self, old: str, new: str) -> None: ...
+    def move(self, old: str, other: Any, new: str) -> None: ...
+
+    def link(self, old: str, other: Any, new: str) -> None: ...
+
+    def mkdir(self, name: str) -> None: ...
+
+    def rmdir(self, name: str) -> None: ...
 
 
 class Served:
@@ -90,7 +96,7 @@ class Served:
 
     def open(self, path: str, flags: int) -> int:
         store, name = self._at(path)
-        file = store.open(name, write=flags & os.O_ACCMODE != os.O_RDONLY)
+        file = store.open(name, write=True)  # who only reads may sync all the same
         if flags & os.O_TRUNC:  # libfuse leaves it to us
             file.truncate(0)
         return self._opened(file)
@@ -141,9 +147,32 @@ class Served:
     def rename(self, old: str, new: str) -> None:
         store, name = self._at(old)
         other, to = self._at(new)
-        if other is not store:
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        store.replace(name, to)
+        store.move(name, other, to)
+        self._forget(old)
+        self._forget(new)
+
+    def link(self, new: str, old: str) -> None:
+        store, name = self._at(old)
+        other, to = self._at(new)
+        store.link(name, other, to)
+
+    def mkdir(self, path: str) -> None:
+        store, name = self._at(path)
+        store.mkdir(name)
+
+    def rmdir(self, path: str) -> None:
+        store, name = self._at(path)
+        store.rmdir(name)
+        self._forget(path)
+
+    def _forget(self, path: str) -> None:
+        """What lies at `path` and below is looked up anew."""
+        gone = path.strip("/")
+        self._stores = {at: s for at, s in self._stores.items() if at != gone and not at.startswith(f"{gone}/")}
+
+    def refuse(self, what: str) -> None:
+        """Raises NotServed."""
+        raise NotServed(f"a program made {what}, which is not served in a crash state")
 
 
 def _operations(mount: Mount) -> Any:
@@ -204,6 +233,26 @@ def _operations(mount: Mount) -> Any:
 
         def rename(self, old: str, new: str) -> int:
             do("rename", old, new)
+            return 0
+
+        def link(self, target: str, source: str) -> int:
+            do("link", target, source)
+            return 0
+
+        def mkdir(self, path: str, mode: int) -> int:
+            do("mkdir", path)
+            return 0
+
+        def rmdir(self, path: str) -> int:
+            do("rmdir", path)
+            return 0
+
+        def symlink(self, target: str, source: str) -> int:
+            do("refuse", "a symbolic link")
+            return 0
+
+        def mknod(self, path: str, mode: int, dev: int) -> int:
+            do("refuse", "a device, socket or named pipe")
             return 0
 
         def chmod(self, path: str, mode: int) -> int:

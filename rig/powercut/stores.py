@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -170,6 +170,10 @@ class _Known:
     def directory(self, id: int, store: Store) -> None:
         assert isinstance(store, SetStore)
         self.nodes[id] = store.node
+
+    def which(self, store: Store) -> Hashable:
+        assert isinstance(store, SetStore)
+        return store.node
 
 
 class _Enough(Exception):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 from powercut.trace import SECTOR, Kind, TraceWriter
@@ -28,6 +28,9 @@ class Over(Protocol):
 
     def directory(self, id: int, store: Store) -> None: ...
 
+    def which(self, store: Store) -> Hashable:
+        """What tells the directory `store` from others, whatever its path is now."""
+
 
 class _Shared:
     """What all directories and files of one recording share."""
@@ -37,7 +40,7 @@ class _Shared:
         self.over = over
         self.lock = threading.Lock()
         self.ids: dict[tuple[int, str], int] = {}  # directory and name -> file
-        self.directories: dict[str, int] = {}
+        self.directories: dict[Hashable, int] = {}  # by path, over a crash state by what `over` says
         self.based: set[tuple[int, int]] = set()  # file, piece: what was there is in the trace
 
     def do(self, kind: Kind, file: int, action: Callable[[], None], **event: object) -> None:
@@ -69,11 +72,12 @@ class RecordingStore:
     def _begin(self, shared: _Shared, path: str) -> None:
         self._shared = shared
         self.path = path
-        if path not in shared.directories:
-            shared.directories[path] = shared.writer.file(path, 0, "directory")
+        which = path if shared.over is None else shared.over.which(self._inner)
+        if which not in shared.directories:
+            shared.directories[which] = shared.writer.file(path, 0, "directory")
             if shared.over is not None:
-                shared.over.directory(shared.directories[path], self._inner)
-        self._id = shared.directories[path]
+                shared.over.directory(shared.directories[which], self._inner)
+        self._id = shared.directories[which]
 
     def _adopt(self, name: str, file: File) -> int:
         """Make a file that was there before known to the trace."""
@@ -129,16 +133,48 @@ class RecordingStore:
             self._change(Kind.RENAME, lambda: self._inner.rename(old, new), name=old, to=new, file=id)
             self._shared.ids[self._id, new] = self._shared.ids.pop((self._id, old))
 
-    def replace(self, old: str, new: str) -> None:
-        """Rename within the directory, over what is there. `inner` must be able to."""
+    # What `powercut.crash.store.SetStore` can do besides, if `inner` is one
+
+    def move(self, old: str, other: RecordingStore, new: str) -> None:
+        """See `SetStore.move`."""
+        inner: Any = self._inner
+        directory = self.at(old)._id if self.kind(old) == "directory" else None
+        with self._shared.lock:
+            ids = self._shared.ids
+            id = self._known(old) if directory is None else directory
+            about = {"name": old, "to": new, "file": id} | ({"directory": other._id} if other._id != self._id else {})
+            self._change(Kind.RENAME, lambda: inner.move(old, other._inner, new), **about)
+            ids.pop((other._id, new), None)
+            if directory is None:
+                ids[other._id, new] = ids.pop((self._id, old))
+
+    def link(self, old: str, other: RecordingStore, new: str) -> None:
+        """See `SetStore.link`."""
         inner: Any = self._inner
         with self._shared.lock:
             id = self._known(old)
-            self._change(Kind.RENAME, lambda: inner.replace(old, new), name=old, to=new, file=id)
-            self._shared.ids[self._id, new] = self._shared.ids.pop((self._id, old))
+            other._change(Kind.LINK, lambda: inner.link(old, other._inner, new), name=new, file=id)
+            self._shared.ids[other._id, new] = id
+
+    def mkdir(self, name: str) -> None:
+        """See `SetStore.mkdir`."""
+        inner: Any = self._inner
+        with self._shared.lock:
+            id = self._shared.writer.file(posixpath.normpath(f"{self.path}/{name}"), 0, "directory")
+            self._change(Kind.CREATE, lambda: inner.mkdir(name), name=name, file=id)
+            over = self._shared.over
+            assert over is not None
+            self._shared.directories[over.which(inner.at(name))] = id
+
+    def rmdir(self, name: str) -> None:
+        """See `SetStore.rmdir`."""
+        inner: Any = self._inner
+        id = self.at(name)._id if self.kind(name) == "directory" else None
+        with self._shared.lock:
+            self._change(Kind.UNLINK, lambda: inner.rmdir(name), name=name, file=id)
 
     def kind(self, name: str) -> str | None:
-        """See `powercut.crash.store.SetStore`, which `inner` must be."""
+        """See `SetStore.kind`."""
         inner: Any = self._inner
         found: str | None = inner.kind(name)
         return found

@@ -25,7 +25,7 @@ from powercut.crash.search import Decision, Search
 from powercut.crash.sizes import Sizes
 from powercut.crash.survival import Survival, choice_of
 from powercut.disk import Bytes
-from powercut.trace import Trace
+from powercut.trace import Kind, Trace
 
 _BITS = 20  # of a disk's number that tell files apart
 _KINDS = 4
@@ -251,7 +251,7 @@ class CrashSet:
 class Told:
     """A decision in words: `what` is "content", "size", "name", "write" (a whole one) or "order" (all up to that event
     are there); `file` how the trace calls the file, or the directory; `event` the event whose effect is there (-1: what
-    was before), in the trace of `level`."""
+    was before), in the trace of `level`, `write` that event in words."""
 
     level: int
     what: str
@@ -262,6 +262,21 @@ class Told:
     disk: int  # with `atom`: which question it answers
     atom: int
     chosen: int
+    write: str
+
+
+def _words(trace: Trace, level: int, what: int, event: int) -> str:
+    """The event, in words."""
+    if event < 0:
+        return "as before the recovery" if level else "as before the recording"
+    row = trace.events[event]
+    kind = Kind(int(row["kind"])).name.lower()
+    if what == _NAMES:
+        about = trace.about(row)
+        return f"{kind} {about.get('name')}{' to ' + str(about['to']) if 'to' in about else ''}"
+    if kind == "truncate":
+        return f"truncate to {int(row['length']):,} bytes"
+    return f"{kind} of {int(row['length']):,} bytes at {int(row['offset']):#x}"
 
 
 def _told(disk: int) -> tuple[int, int]:
@@ -284,16 +299,20 @@ def tell(decision: Decision, traces: Mapping[int, Trace]) -> Told:
     level, (what, id) = (decision.disk >> _BITS) // _KINDS, _told(decision.disk)
     trace = traces[level]
     durable = decision.chosen == 0
-    answer = (decision.disk, decision.choice.atom, decision.chosen)
+
+    def told(kind: str, file: str, offset: int, event: int) -> Told:
+        answer = decision.disk, decision.choice.atom, decision.chosen
+        return Told(level, kind, file, offset, event, durable, *answer, _words(trace, level, what, event))
+
     if what == _NAMES:
         event = decision.event if decision.event >= 0 else decision.choice.events[-1]
-        return Told(level, "name", trace.files[int(trace.events["file"][event])].name, 0, event, durable, *answer)
+        return told("name", trace.files[int(trace.events["file"][event])].name, 0, event)
     if what == _WRITES:
         ordered = decision.choice.atom < 0
         event = decision.event if ordered else decision.choice.atom
         where = "" if event < 0 else trace.files[int(trace.events["file"][event])].name
-        return Told(level, "order" if ordered else "write", where, 0, event, durable, *answer)
+        return told("order" if ordered else "write", where, 0, event)
     size = decision.choice.contents.shape[1] if what == _FILES else 0
     name = trace.files[id].name
     offset = decision.choice.atom * size
-    return Told(level, ("content", "size")[what], name, offset, decision.event, durable, *answer)
+    return told(("content", "size")[what], name, offset, decision.event)

@@ -5,9 +5,9 @@ Like `powercut.crash.finding`, with decisions on names, sizes and contents. JSON
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -19,7 +19,7 @@ from powercut.crash.options import Options
 from powercut.crash.search import OneState
 from powercut.crash.settled import Patch, apply, files_at, root_of, write_out
 from powercut.errors import InputError
-from powercut.trace import Kind, Trace
+from powercut.trace import Trace
 from powercut.verdict import Problem
 
 SCHEMA = "powercut.set-finding/1"
@@ -115,10 +115,10 @@ def from_found(found: Found, plan: Planned, trace: Trace) -> SetFinding:
         text=problem.text,
         checker=plan.checker or "",
         image=plan.image or "",
-        decisions=[_settled(told, trace) for told in found.decisions],
+        decisions=[_settled(told) for told in found.decisions],
         patches=list(found.patches),
         others=found.others,
-        order=_order(found, plan.options.atom, trace),
+        order=_order(found, plan.options.atom),
     )
 
 
@@ -150,13 +150,13 @@ def stretches(decisions: Sequence[Settled], atom: int) -> list[Stretch]:
     return found
 
 
-def _order(found: Found, atom: int, trace: Trace) -> str:
+def _order(found: Found, atom: int) -> str:
     """What had to be on disk before what; "" where that was not found out."""
     if found.others == "lost":
         return ""
 
     def words(items: Sequence[Told]) -> str:
-        said = list(dict.fromkeys(str(one) for one in stretches([_settled(told, trace) for told in items], atom)))
+        said = list(dict.fromkeys(str(one) for one in stretches([_settled(told) for told in items], atom)))
         return " and ".join(said[:_SAID]) + (f" and {len(said) - _SAID:,} more" if len(said) > _SAID else "")
 
     lost = words(found.decisions) or "what was done only later"
@@ -164,10 +164,7 @@ def _order(found: Found, atom: int, trace: Trace) -> str:
     return f"{lost} had to be on disk {f'before {before}' if before else 'by then'}"
 
 
-def _settled(told: Told, trace: Trace) -> Settled:
-    write = _words(trace, told)
-    if told.level:
-        write = ("as before" if told.durable else "as left by") + " the recovery"
+def _settled(told: Told) -> Settled:
     return Settled(
         told.level,
         told.file,
@@ -175,25 +172,11 @@ def _settled(told: Told, trace: Trace) -> Settled:
         told.offset,
         told.event,
         told.durable,
-        write,
+        told.write,
         told.disk,
         told.atom,
         told.chosen,
     )
-
-
-def _words(trace: Trace, told: Told) -> str:
-    """The event, in words."""
-    if told.event < 0:
-        return "as before the recording"
-    event = trace.events[told.event]
-    kind = Kind(int(event["kind"])).name.lower()
-    if told.what == "name":
-        about: Mapping[str, Any] = trace.about(event)
-        return f"{kind} {about.get('name')}{' to ' + str(about['to']) if 'to' in about else ''}"
-    if kind == "truncate":
-        return f"truncate to {int(event['length']):,} bytes"
-    return f"{kind} of {int(event['length']):,} bytes at {int(event['offset']):#x}"
 
 
 def is_one(path: str) -> bool:

@@ -7,6 +7,7 @@ crash inside a recovery can be explored in its turn. The state is decided as it 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from powercut.disk import Bytes
 from powercut.trace import SECTOR
 
 Buffer = bytes | bytearray | memoryview
+_MADE = -1  # the level of directories that the program made, of which no state knows
 
 
 class Nothing:
@@ -175,8 +177,9 @@ class SetStore:
         self.node = directories[path] if node is None else node
         self._state = state
         self._directories = directories
-        self._changed: dict[tuple[Node, str], _Live | None] = {}
+        self._changed: dict[tuple[Node, str], _Live | Node | None] = {}  # a file; a directory; nothing
         self._files: dict[Node, _Live] = {}
+        self._numbers = itertools.count()  # of directories that are made
 
     def names(self) -> list[str]:
         return [name for name in sorted(self._possible()) if self.kind(name) is not None]
@@ -188,7 +191,10 @@ class SetStore:
         return None if self._find(name) is None else "file"
 
     def _directory(self, name: str) -> Node | None:
-        node = None if (self.node, name) in self._changed else self._state.lookup(self.node, name)
+        if (self.node, name) in self._changed:
+            there = self._changed[self.node, name]
+            return there if isinstance(there, Node) else None
+        node = self._state.lookup(self.node, name)
         return node if node is not None and self._state.is_directory(node) else None
 
     def _possible(self) -> set[str]:
@@ -209,11 +215,47 @@ class SetStore:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
         self._changed[self.node, old], self._changed[self.node, new] = None, live
 
-    def replace(self, old: str, new: str) -> None:
-        """Rename within the directory, in one step; the file that has the name `new`, if any, loses it."""
+    def move(self, old: str, other: SetStore, new: str) -> None:
+        """Rename into the directory `other`, in one step, as rename(2) does: a file that has the name `new` loses it,
+        and so does a directory that is empty."""
+        directory, there = self._directory(old), other._directory(new)
+        if directory is None:
+            moved: _Live | Node = self._there(old)
+            other._find(new)
+        else:
+            moved = directory
+            if there is not None and there != directory:
+                other._empty(new)
+            elif there is None and other._find(new) is not None:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), new)
+        self._changed[self.node, old] = None
+        other._changed[other.node, new] = moved
+
+    def link(self, old: str, other: SetStore, new: str) -> None:
+        """Give a file another name, in the directory `other`."""
         live = self._there(old)
-        self._find(new)
-        self._changed[self.node, old], self._changed[self.node, new] = None, live
+        if other.kind(new) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+        other._changed[other.node, new] = live
+
+    def mkdir(self, name: str) -> None:
+        """Make an empty directory."""
+        if self.kind(name) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        self._changed[self.node, name] = Node(_MADE, next(self._numbers))
+
+    def rmdir(self, name: str) -> None:
+        """Remove an empty directory."""
+        self._empty(name)
+        self._changed[self.node, name] = None
+
+    def _empty(self, name: str) -> None:
+        """Raise OSError if there is no such directory, or something in it."""
+        if self._directory(name) is None:
+            self._there(name)
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        if self.at(name).names():
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), name)
 
     def unlink(self, name: str) -> None:
         self._there(name)
@@ -231,7 +273,7 @@ class SetStore:
         if node is None and path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         other = SetStore(self._state, self._directories, path, node)
-        other._changed, other._files = self._changed, self._files
+        other._changed, other._files, other._numbers = self._changed, self._files, self._numbers
         return other
 
     def close(self) -> None:
@@ -241,7 +283,10 @@ class SetStore:
         if not name or "/" in name or "\0" in name or name in (".", ".."):
             raise OSError(errno.EINVAL, "not a file name", name)
         if (self.node, name) in self._changed:
-            return self._changed[self.node, name]
+            there = self._changed[self.node, name]
+            if isinstance(there, Node):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+            return there
         node = self._state.lookup(self.node, name)
         if node is None:
             return None

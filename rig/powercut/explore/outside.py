@@ -11,6 +11,8 @@ from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Any, Self
 
+from powercut.crash.explore import Unjudged
+from powercut.errors import NotServed
 from powercut.explore.calls import Call, Calls, Remembered
 from powercut.mount import LOOKING, Mount, Tree
 from powercut.stores import Case
@@ -66,8 +68,11 @@ class Runs:
         else:
             self._scratch = None
             self._outside.runs += 1
-            with self._outside._mount.serving(calls) as path:
-                outcome = program(path)
+            try:
+                with self._outside._mount.serving(calls) as path:
+                    outcome = program(path)
+            except NotServed as error:
+                raise Unjudged(str(error)) from None
             remembered.keep(calls, outcome)
             made = [call for call, _ in calls.made]
         self._before.append(made)
