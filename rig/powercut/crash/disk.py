@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from powercut.crash.contents import Choice, Contents
+from powercut.crash.contents import Choice, Contents, Rows
 from powercut.crash.search import Search
 from powercut.crash.survival import Survival
 from powercut.disk import Bytes, Gathered, Offsets, Span, Variants
@@ -99,6 +100,19 @@ class CrashDisk:
     def undecided(self, offset: int, length: int) -> bool:
         """Whether some byte of the range could still hold something else."""
         return bool(self._assemble(offset, length, decide=False)[1])
+
+    def known(self, sectors: Rows) -> tuple[Bytes, NDArray[np.bool_]]:
+        """The contents of `sectors`, which ascend (a row each), and which of them are still to be decided."""
+        size = self.contents.atom
+        content, is_open = np.empty((len(sectors), SECTOR), dtype=np.uint8), np.zeros(len(sectors), dtype=np.bool_)
+        breaks = np.flatnonzero(np.diff(sectors) > 1) + 1
+        for part in filter(len, np.split(np.arange(len(sectors)), breaks)):
+            begin, end = int(sectors[part[0]]) * SECTOR, (int(sectors[part[-1]]) + 1) * SECTOR
+            inside, open_choices = self._assemble(begin, end - begin, decide=False)
+            content[part] = inside.reshape(-1, SECTOR)
+            for choice in open_choices:
+                is_open |= sectors * SECTOR // size == choice.atom
+        return content, is_open
 
     def _assemble(self, offset: int, length: int, *, decide: bool) -> tuple[Bytes, list[Choice]]:
         """The range with every decision applied, and the choices in it that are open."""

@@ -44,13 +44,15 @@ def lay_over(
     low, high = np.searchsorted(flight.atom, (first, last))
     if low == high:
         return
-    for atom in np.unique(flight.atom[low:high]).tolist():
+    others = written.take(flight.rows[low:high].reshape(-1)).reshape(high - low, -1)
+    differ = (others != content[flight.atom[low:high] - first]).any(axis=1)
+    entries: dict[int, list[int]] = {}
+    for entry in np.flatnonzero(differ).tolist():
+        entries.setdefault(int(flight.atom[low + entry]), []).append(entry)
+    for atom, mine in entries.items():
         distinct = {content[atom - first].tobytes(): int(written.writer[atom * written.per_atom]) - 1}
-        for entry in np.flatnonzero(flight.atom[low:high] == atom).tolist():
-            other = written.take(flight.rows[low + entry]).tobytes()
-            distinct.setdefault(other, int(flight.event[low + entry]))
-        if len(distinct) == 1:
-            continue
+        for entry in mine:
+            distinct.setdefault(others[entry].tobytes(), int(flight.event[low + entry]))
         stacked = np.frombuffer(b"".join(distinct), dtype=np.uint8).reshape(len(distinct), -1)
         choice = Choice(atom, stacked, tuple(distinct.values()))
         if survival is not None:
@@ -70,25 +72,31 @@ class RecoveredDisk:
     def __init__(self, below: Deciding, written: Contents, level: int) -> None:
         self.size = below.size
         self.search = below.search
-        self._below = below
-        self._contents = written
-        self._level = level
+        self.below = below
+        self.contents = written
+        self.level = level
 
     @property
     def written(self) -> list[tuple[int, int]]:
         """The ranges of sectors that a recovery wrote to, here or below."""
-        return self._below.written + self._contents.touched
+        return self.below.written + self.contents.touched
 
     def read(self, offset: int, length: int) -> Bytes:
-        size = self._contents.atom
+        size = self.contents.atom
         first, last = offset // size, -(-(offset + length) // size)
-        content = self._below.read(first * size, (last - first) * size).copy()
-        written, search = self._contents, self.search
+        if not self._wrote(first * size // SECTOR, last * size // SECTOR):
+            return self.below.read(offset, length)
+        content = self.below.read(first * size, (last - first) * size).copy()
+        written, search = self.contents, self.search
         survival = None
         if written.options.narrow:
-            survival = Survival(search, written.options, written.in_flight, OF_WRITES - self._level)
-        lay_over(content.reshape(-1, size), first, last, written, search, self._level, survival)
+            survival = Survival(search, written.options, written.in_flight, OF_WRITES - self.level)
+        lay_over(content.reshape(-1, size), first, last, written, search, self.level, survival)
         return content[offset - first * size :][:length]
+
+    def _wrote(self, first: int, last: int) -> bool:
+        """Whether the recovery wrote to any of sectors first..last-1."""
+        return any(begin < last and first < end for begin, end in self.contents.touched)
 
     def variants(self, offset: int, length: int) -> Variants:
         return Variants(self.read(offset, length))
@@ -100,13 +108,13 @@ class RecoveredDisk:
     def patches(self) -> list[Patch]:
         """What this state has that `below` has not, as far as it is decided: durable writes of the recovery and the
         atoms that were decided here."""
-        contents, size = self._contents, self._contents.atom
+        contents, size = self.contents, self.contents.atom
         here = np.flatnonzero(contents.writer)
         done = dict(zip(here.tolist(), (row.tobytes() for row in contents.take(contents.rows[here])), strict=True))
         for decision in self.search.path:
-            if decision.disk == self._level and decision.event >= 0:
+            if decision.disk == self.level and decision.event >= 0:
                 done[decision.choice.atom] = decision.choice.contents[decision.chosen].tobytes()
-        below = self._below.patches() if isinstance(self._below, RecoveredDisk) else []
+        below = self.below.patches() if isinstance(self.below, RecoveredDisk) else []
         return below + [(atom * size, content) for atom, content in sorted(done.items())]
 
 

@@ -31,6 +31,7 @@ from powercut.crash.memory import Memory, Steps
 from powercut.crash.model import epochs
 from powercut.crash.options import DEFAULT, Options
 from powercut.crash.recovery import Overlay, RecoveredDisk
+from powercut.crash.visited import Visited
 from powercut.errors import EnvironmentFault, InputError
 from powercut.guest.lifetime import with_parent
 from powercut.trace import SECTOR, Trace, TraceWriter
@@ -106,6 +107,8 @@ class External:
         self._own = own
         self._options = replace(options, atom=SECTOR, lying=0)
         self._memory: Memory[_Run] = Memory()
+        self._visited: Visited | None = None
+        self._left: Visited | None = None
         self.runs = 0
         kind = (Path(self._words[0]).name, self._words[1])
         self._broken = _BROKEN.get(kind, (1,))
@@ -113,6 +116,8 @@ class External:
 
     def judge(self, disk: CrashDisk, report: Report) -> None:
         """Run the program on `disk`, and again on every crash inside what it writes."""
+        if self._visited is None or self._visited.below is not disk:
+            self._visited, self._left = Visited(disk), Visited(disk)
         self._check(disk, self._depth, report)
 
     def run(self, image: str, directory: str | None = None) -> tuple[bool, str]:
@@ -167,13 +172,18 @@ class External:
             where = "" if not within else " (after a crash inside the recovery before)"
             report(Problem("checker", "broken", 0, Severity.CORRUPT, text + where), within)
             return
-        if done.written is None:
+        assert self._visited is not None
+        if done.written is None or self._visited.again(disk, depth):
             return
         written = Contents(done.written, done.written.files[0], options=self._options)
         level = self._depth - depth + 1
         if depth > 0:
+            issued = -1
             for position in epochs(done.written, 0):
                 written.advance(position)
+                if len(written.touched) == issued:  # nothing new is in flight: each such state was one before
+                    continue
+                issued = len(written.touched)
                 crashed = RecoveredDisk(disk, written, level)
                 crashed.explore(lambda crashed=crashed: self._check(crashed, depth - 1, report))  # type: ignore[misc]
         written.advance(done.written.length)
@@ -182,7 +192,8 @@ class External:
         repaired.explore(lambda: self._judge_repaired(repaired, report))
 
     def _judge_repaired(self, disk: RecoveredDisk, report: Report) -> None:
-        if self._own is None:
+        assert self._left is not None
+        if self._own is None or self._left.again(disk, 0):
             return
 
         def told(problem: Problem, patches: object = ()) -> None:
