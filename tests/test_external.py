@@ -82,6 +82,20 @@ def test_same_bytes_read_same_verdict(traces, monkeypatch, figure, name, command
     assert with_memory == without
 
 
+@pytest.mark.parametrize("name", ["honest", "lying"])
+def test_states_met_again_are_not_judged_again(traces, monkeypatch, figure, name):
+    saved = explored(traces[name], "qemu-img check -f qcow2 -r all", 2)
+    monkeypatch.setattr("powercut.explore.external.Visited.again", lambda *state: False)
+    every = explored(traces[name], "qemu-img check -f qcow2 -r all", 2)
+    figure(
+        f"checks two levels deep, {name}: each state once / as often as met",
+        f"{saved.coverage.checks} / {every.coverage.checks}",
+    )
+    assert saved.coverage.checks < every.coverage.checks
+    assert saved.verdict is every.verdict
+    assert {(f.rule, f.kind) for f in saved.findings} == {(f.rule, f.kind) for f in every.findings}
+
+
 def test_a_program_with_a_mind_of_its_own_is_not_taken_at_its_first_word(traces, tmp_path):
     """Control: the memory holds for what is read. A program that reads elsewhere on other bytes runs for each."""
     text = """
@@ -105,7 +119,7 @@ def test_a_repair_that_destroys_is_found_and_replays(traces, tmp_path, planted):
     assert replay(str(saved[0].path), str(tmp_path / "crash.qcow2")).confirmed
 
 
-def test_a_repair_that_is_only_wrong_when_cut_off(traces, tmp_path, planted):
+def test_a_repair_that_is_only_wrong_when_cut_off(traces, tmp_path, planted, monkeypatch):
     """Control: the L1 table is zeroed, flushed, and written back: right in the end, and fatal in between."""
     text = """
 open_raw = ['qemu-io', '-f', 'raw']
@@ -128,6 +142,10 @@ subprocess.run([*open_raw, '-c', f'write -s {sys.argv[0]}.sector 12288 512', '-c
     assert not results[0].found
     assert [found.problem.rule for found in results[1].found] == ["checker"]
     assert results[1].found[0].patches
+    monkeypatch.setattr("powercut.explore.external.Visited.again", lambda *state: True)
+    session = Session(Plan(str(traces["honest"]), "qcow2", checker=command, recovery_depth=1))
+    session.advance(session.trace.length)
+    assert not explore_epoch(0, session.image, session.judge, budget=500).found, "control: it was seen in a new state"
 
 
 @pytest.mark.parametrize(

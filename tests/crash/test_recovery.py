@@ -11,6 +11,8 @@ from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
 from powercut.crash.model import epochs
 from powercut.crash.recovery import Overlay, RecoveredDisk
+from powercut.crash.search import BudgetSpent, Search
+from powercut.crash.visited import Visited
 from powercut.trace import Trace
 from support.histories import SECTOR, SECTORS, states, steps, write
 
@@ -61,3 +63,44 @@ def test_an_overlay_keeps_writes_and_reads_the_rest_below(plan):
             assert overlay.read(0, SECTORS * SECTOR) == wanted
 
         disk.explore(check)
+
+
+def leaves(contents: Contents, repairs: list[Trace], visited: bool) -> tuple[set[bytes], int]:
+    """Every state that a program leaves which is cut off, restarted and cut off again, and how often it was run. What
+    it writes depends on the first sector."""
+    below, seen, runs = CrashDisk(contents, Search(500)), set[bytes](), 0
+    known = Visited(below)
+
+    def run(disk: CrashDisk | RecoveredDisk, depth: int) -> None:
+        nonlocal runs
+        runs += 1
+        repair = repairs[sum(disk.read(0, SECTOR)[:100].tolist()) % len(repairs)]
+        disk.explore(lambda: seen.add(disk.read(0, SECTORS * SECTOR).tobytes()))
+        if depth == 0 or (visited and known.again(disk, depth)):
+            return
+        written = Contents(repair, repair.files[0])
+        for position in epochs(repair, 0)[-2:]:
+            written.advance(position)
+            crashed = RecoveredDisk(disk, written, 3 - depth)
+            crashed.explore(lambda crashed=crashed: run(crashed, depth - 1))
+
+    below.explore(lambda: run(below, 2))
+    return seen, runs
+
+
+@given(first=steps(), second=steps(), third=steps())
+def test_nothing_is_missed_where_a_state_is_met_again(first, second, third):
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [Path(scratch) / f"{number}.trace" for number in range(3)]
+        for path, plan in zip(paths, (first, second, third), strict=True):
+            write(path, plan)
+        trace, *repairs = map(Trace, paths)
+        contents = Contents(trace, trace.files[0])
+        contents.advance(trace.length)
+        try:
+            every, runs = leaves(contents, repairs, visited=False)
+        except BudgetSpent:
+            assume(False)
+        new, fewer = leaves(contents, repairs, visited=True)
+        assert new == every
+        assert fewer <= runs
