@@ -208,6 +208,9 @@ def test_committing_a_chain_holds_and_a_lying_disk_breaks_it(work, planted):
     Path(work.trace).unlink()
     replayed = CliRunner().invoke(main, ["replay", bundle, "--out", out])
     assert "confirmed on the written state" in replayed.output
+    refused = CliRunner().invoke(main, ["shrink", worst["file"]])
+    assert refused.exit_code == 2
+    assert "its losses are the fewest already" in refused.output
 
 
 CHECK = """

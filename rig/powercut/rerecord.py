@@ -17,6 +17,7 @@ import msgspec
 
 from powercut import fuzz
 from powercut.crash import finding as findings
+from powercut.crash import setfinding
 from powercut.crash.finding import Finding
 from powercut.errors import InputError
 from powercut.recording.operations import line, operations, possible
@@ -119,6 +120,11 @@ def shrink(
     `save`. None if what was recorded again never broke.
 
     Raises InputError, EnvironmentFault."""
+    if setfinding.is_one(path):
+        raise InputError(
+            f"{path}: about files of a program, which only `powercut capture` can record again; its losses are the "
+            "fewest already"
+        )
     finding = findings.load(path)
     trace = Trace(trace_path or finding.trace)
     findings.same_trace(finding, trace)

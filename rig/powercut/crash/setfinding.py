@@ -133,7 +133,9 @@ class Stretch(NamedTuple):
         whose = f" (of recovery {self.first.level})" if self.first.level else ""
         if what == "content":
             return f"{file} at {begin:#x}" + (f" to {self.end:#x}" if self.end > begin else "") + whose
-        return (f"the size of {file}" if what == "size" else self.first.write) + whose
+        if what == "size":
+            return f"the size of {file}{whose}"
+        return self.first.write + (f" in {file}" if what == "name" and file != "." else "") + whose
 
 
 def stretches(decisions: Sequence[Settled], atom: int) -> list[Stretch]:
