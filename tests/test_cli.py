@@ -137,6 +137,14 @@ def test_a_spent_budget_is_unknown(honest):
 
 
 @needs_qemu
+def test_a_program_ends_by_itself(honest, monkeypatch):
+    """Its tree may be too large: without --budget it has one, and says so."""
+    monkeypatch.setattr("powercut.commands.explore.PROGRAM_BUDGET", 8)
+    done = powercut("explore", honest, "--checker", "qemu-img check", "--jobs", 1, expect=3)
+    assert "budget spent" in done.output
+
+
+@needs_qemu
 def test_json_on_standard_output_is_all_there_is(tmp_path, honest, lying):
     assert json.loads(powercut("explore", honest, "--json", "-").stdout)["verdict"] == "HOLDS"
     done = powercut("explore", lying, "--json", "-", "--save", tmp_path / "f", expect=1)

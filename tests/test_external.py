@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from powercut.crash.explore import explore_epoch
+from powercut.crash.model import epochs
 from powercut.errors import EnvironmentFault
 from powercut.explore.replay import replay
 from powercut.explore.run import explore_trace
@@ -94,6 +96,39 @@ def test_states_met_again_are_not_judged_again(traces, monkeypatch, figure, name
     assert saved.coverage.checks < every.coverage.checks
     assert saved.verdict is every.verdict
     assert {(f.rule, f.kind) for f in saved.findings} == {(f.rule, f.kind) for f in every.findings}
+
+
+def test_a_program_must_not_be_split_into_what_it_reads_apart(traces, tmp_path, planted):
+    """The counterexample: two sectors that no run reads together, and a verdict that rests on both."""
+    plan = Plan(str(traces["honest"]), "qcow2", checker="true")
+    session = Session(plan)
+    for position in epochs(session.trace, session.image.file):
+        session.advance(position)
+        flight = session.image.choices(0, session.image.sectors)
+        added = {choice.events[1]: choice.atom for choice in flight if not choice.contents[0].any()}
+        if len(added) > 1:  # the first sectors of two writes to new places
+            break
+    one, other = [*added.values()][:2]
+    text = "".join(
+        f"{name} = subprocess.call(['qemu-io', '-f', 'raw', '-r', '-c', 'read -P 0 {atom * 512} 512', image])\n"
+        for name, atom in (("one", one), ("other", other))
+    )
+    command = script(tmp_path, f"{text}sys.exit(1 if one and other else 0)")
+    session = Session(replace(plan, checker=command))
+    session.advance(position)
+
+    def part(atom: int):
+        def judge(disk, report, enough):
+            with disk.search.assuming(lambda number, choice: None if choice.atom == atom else 0):
+                session.judge(disk, report, enough)
+
+        return explore_epoch(0, session.image, judge, budget=100)
+
+    apart = [part(one), part(other)]
+    assert [result.exhausted for result in apart] == [True, True], "each part holds by itself"
+    whole = explore_epoch(0, session.image, session.judge, budget=100)
+    planted("a program that fails where two parts meet", bool(whole.found))
+    assert len(whole.found[0].decisions) == 2
 
 
 def test_a_program_with_a_mind_of_its_own_is_not_taken_at_its_first_word(traces, tmp_path):

@@ -14,6 +14,8 @@ from powercut.commands import JOBS, JSON, SAVE
 if TYPE_CHECKING:
     from powercut.explore.sets import SetPlan
 
+PROGRAM_BUDGET = 50_000  # checks by a program, each of which may be a run of it: some minutes
+
 
 @click.command()
 @click.argument("trace")
@@ -65,7 +67,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="So many of the last flushes before each crash did nothing.",
 )
-@click.option("--budget", type=click.IntRange(1), help="At most this many checks.  [default: until exhausted]")
+@click.option(
+    "--budget",
+    type=click.IntRange(1),
+    help=f"At most this many checks.  [default: until exhausted; with --checker {PROGRAM_BUDGET:,}]",
+)
 @click.option(
     "--rule",
     "rules",
@@ -119,6 +125,8 @@ def explore(
     from powercut.report.text import progress
     from powercut.trace import Trace
 
+    if checker and budget is None:
+        budget = PROGRAM_BUDGET
     recording = Trace(trace)
     grain, whole = atom_of(atom)
     if recording.file("image") is None:
