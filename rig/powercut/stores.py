@@ -16,12 +16,13 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.store import RecordingStore
+from powercut.crash.alike import Possible, comparable, possible
 from powercut.crash.explore import ENOUGH, MORE, SPENT, Searched, Task, Unjudged
 from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, of_recording, tell
 from powercut.crash.model import CHANGES, epochs
@@ -54,7 +55,7 @@ class Case:
     `report` takes a broken rule. `explore` runs an independent part of the check for every way its reads can turn out:
     what one part reads is not decided for the next, so nothing that a part has read may be kept for another."""
 
-    store: RecordingStore
+    store: RecordingStore | SetStore
     files: FileSet
     state: State
     position: int
@@ -78,6 +79,13 @@ class Judge(Protocol):
     One that is a context manager is entered in each process that it judges in."""
 
     def __call__(self, case: Case) -> None: ...
+
+
+@runtime_checkable
+class Promising(Protocol):
+    """A judge that says what its verdict rests on besides the state: the same where `promise` is the same."""
+
+    def promise(self, position: int) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,7 @@ class StoreOutcome:
     undecided: int = 0  # atoms, sizes and changes of names
     log2_states: float = 0.0
     checks: int = 0
+    alike: int = 0  # states of all files together that were not searched: others like them had been
     runs: int = 0  # of programs that judged
     findings: list[StoreFinding] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -132,12 +141,15 @@ class StoreOutcome:
             "undecided": self.undecided,
             "log2_states": round(self.log2_states, 1),
             "checks": self.checks,
+            "alike": self.alike,
         }
 
 
 @dataclass(slots=True)
 class _Visited(Searched[StoreFinding]):
     """What the search says of one epoch."""
+
+    alike: int = 0
 
 
 def _concluded(epochs: Sequence[_Visited], seed: int) -> StoreOutcome:
@@ -148,6 +160,7 @@ def _concluded(epochs: Sequence[_Visited], seed: int) -> StoreOutcome:
         undecided=sum(epoch.undecided_atoms for epoch in epochs),
         log2_states=sum(epoch.log2_states for epoch in epochs),
         checks=sum(epoch.checks for epoch in epochs),
+        alike=sum(epoch.alike for epoch in epochs),
         runs=sum(epoch.runs for epoch in epochs),
         findings=[found for epoch in epochs for found in epoch.found],
         reasons=list(dict.fromkeys(epoch.unknown for epoch in epochs if epoch.unknown)),
@@ -183,7 +196,9 @@ class _Enough(Exception):
 class _Epoch:
     """The search of one epoch."""
 
-    def __init__(self, files: FileSet, judge: Judge, depth: int, search: Search, scratch: str) -> None:
+    def __init__(
+        self, files: FileSet, judge: Judge, depth: int, search: Search, scratch: str, known: set[bytes] | None = None
+    ) -> None:
         self.files = files
         self.judge = judge
         self.depth = depth
@@ -194,10 +209,14 @@ class _Epoch:
         self.found: dict[tuple[str, str, int], StoreFinding] = {}
         self.paths: dict[tuple[str, str, int], list[Decision]] = {}  # what each rests on
         self._more = MORE
+        self._known = known if comparable(files) else None
+        self._promise = b""
+        self._alike = 0
 
     def run(self, task: Task, seed: int) -> _Visited:
         """Exhaust the epoch that ends at `task.position`, or look at a sample of its states."""
         self.position = task.position
+        self._promise = self.judge.promise(task.position) if isinstance(self.judge, Promising) else b"%d" % task.position
         counts, undone = self.files.alternatives(), self.files.undone()
         result = _Visited(task.index, task.position, undecided_atoms=len(counts), events=len(undone))
         result.log2_states = float(np.log2(counts).sum()) if counts else 0.0
@@ -207,7 +226,8 @@ class _Epoch:
                 for way in look(self.search, self._whole, undone, seed + task.index, of_recording):
                     result.sampled[way] = result.sampled.get(way, 0) + 1
             else:
-                self.search.explore(self._whole)
+                whole = CrashSet(self.files, self.search)
+                self._once(None if self._known is None else possible(whole), 0, self._whole)
                 result.exhausted = not self.found
         except _Enough:
             pass
@@ -217,7 +237,7 @@ class _Epoch:
             result.unknown = INTERRUPTED
         except (Nondeterministic, Unjudged) as error:
             result.unknown = str(error)
-        result.checks = self.search.checks
+        result.checks, result.alike = self.search.checks, self._alike
         result.runs = getattr(self.judge, "runs", 0) - ran
         result.found = list(self.found.values())
         return result
@@ -234,13 +254,24 @@ class _Epoch:
         if len(self.found) >= ENOUGH:
             raise _Enough
 
+    def _once(self, here: Possible | None, level: int, part: Callable[[], None]) -> None:
+        """Explore `part`, unless states like these were explored and nothing was found."""
+        key = b"" if here is None else here.digest(b"%d %d" % (level, self.depth), self._promise)
+        if self._known is not None and key in self._known:
+            self._alike += 1
+            return
+        before = len(self.found)
+        self.search.explore(part)
+        if self._known is not None and key and len(self.found) == before:
+            self._known.add(key)
+
     def _patches(self, state: State) -> tuple[Patch, ...]:
         """What `state` has that the state of level 0 has not, if of all that is undecided nothing had survived."""
         with self.search.assuming(lambda disk, choice: 0):
             below = CrashSet(self.files, self.search)
             return tuple(differences(below, state, self.directories["."]))
 
-    def _check(self, state: State, level: int) -> None:
+    def _check(self, state: CrashSet, level: int) -> None:
         def report(problem: Problem) -> None:
             if problem.key not in self.found:
                 told = tuple(tell(decision, self.traces) for decision in self.search.path)
@@ -248,17 +279,19 @@ class _Epoch:
                 self.paths[problem.key] = self.search.path[:]
                 self.found[problem.key] = StoreFinding(self.position, level, problem, told, patches)
 
+        def judge(store: RecordingStore | SetStore) -> None:
+            self.judge(Case(store, self.files, state, self.position, level, report, self.search, self.directories))
+            self._more -= bool(self.found)
+            if self._more == 0:  # also deep in a recovery: its states may be without end
+                raise _Enough
+
+        if level >= self.depth:  # nobody looks into what the judge does
+            judge(SetStore(state, self.directories))
+            return
         known = _Known(self.files.options.atom)
         path = f"{self.scratch}/recovery-{level + 1}.trace"
         with TraceWriter(path, {}) as writer:
-            store = RecordingStore(SetStore(state, self.directories), writer, known)
-            case = Case(store, self.files, state, self.position, level, report, self.search, self.directories)
-            self.judge(case)
-        self._more -= bool(self.found)
-        if self._more == 0:  # also deep in a recovery: its states may be without end
-            raise _Enough
-        if level >= self.depth:
-            return
+            judge(RecordingStore(SetStore(state, self.directories), writer, known))
         trace = Trace(path)
         files = FileSet(trace, self.files.options)
         if not np.isin(trace.events["kind"], _CONTENT).any() and not files.names.changes:
@@ -266,10 +299,12 @@ class _Epoch:
         # The next recovery is recorded under the same name: this one's file goes on under its map.
         Path(path).unlink()
         self.traces[level + 1] = trace
+        here = possible(state) if self._known is not None and comparable(files) else None
         for position in _distinct(trace):
             files.advance(position)
             crashed = CrashSet(files, self.search, state, level + 1, known.nodes)
-            self.search.explore(lambda crashed=crashed: self._check(crashed, level + 1))  # type: ignore[misc]
+            then = None if here is None else possible(crashed, here)
+            self._once(then, level + 1, lambda crashed=crashed: self._check(crashed, level + 1))  # type: ignore[misc]
 
 
 def _entered(judge: Judge) -> AbstractContextManager[Any]:
@@ -295,10 +330,13 @@ def explore_store(
     positions: Sequence[int] | None = None,
     jobs: int = 1,
     seed: int = 1,
+    known: set[bytes] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> StoreOutcome:
     """Run `judge` on every crash state of the store recorded in `trace`, at the end of each epoch, or at `positions`.
 
+    States like others that were searched are not searched again (`powercut.crash.alike`): others of this call, and of
+    earlier ones that were given the same `known`, with judges that promise what they rest on.
     `budget` bounds the checks; what it does not suffice for is sampled, with `seed`. Processes are forked, so `judge`
     may be anything. `progress` is told the epochs done, and all. Ctrl-C ends the search: what was found until then is
     the outcome, and it says so. Raises InputError if the trace cannot be used."""
@@ -312,6 +350,7 @@ def explore_store(
         recording.verify()
         files = FileSet(recording, options)
         visited: list[_Visited] = []
+        seen = known if known is not None and isinstance(judge, Promising) else set[bytes]()
         with _entered(judge), tempfile.TemporaryDirectory(prefix="powercut-", dir=_MEMORY) as scratch:
             while not (visited and visited[-1].unknown == INTERRUPTED):
                 with taken:
@@ -322,7 +361,9 @@ def explore_store(
                 task = tasks[number]
                 try:
                     files.advance(task.position)
-                    visited.append(_Epoch(files, judge, depth, Search(task.budget), scratch).run(task, seed))
+                    searched = None if task.sampled else seen
+                    epoch = _Epoch(files, judge, depth, Search(task.budget), scratch, searched)
+                    visited.append(epoch.run(task, seed))
                 except KeyboardInterrupt:
                     visited.append(_Visited(task.index, task.position, unknown=INTERRUPTED))
                 with done:

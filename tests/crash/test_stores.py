@@ -10,15 +10,21 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from powercut.capture.store import RecordingStore
+from powercut.crash.alike import Possible, possible
+from powercut.crash.fileset import CrashSet, FileSet
+from powercut.crash.model import epochs
 from powercut.crash.options import Options
+from powercut.crash.search import Search
 from powercut.crash.store import in_memory
 from powercut.stores import Case, explore_store
 from powercut.trace import SECTOR, Trace, TraceWriter
@@ -278,6 +284,84 @@ def test_every_state_of_a_crash_inside_a_recovery(first, second):
             if changes(second, start):
                 expected |= set().union(*epochs_of(second, start, "posix"))
         assert states[1] == expected
+
+
+@given(plans=st.lists(steps, min_size=2, max_size=6))
+def test_what_counts_as_alike_has_the_same_states(plans):
+    known: dict[bytes, set[Any]] = {}
+    for plan in plans:
+        with tempfile.TemporaryDirectory() as scratch:
+            trace = Trace(record(Path(scratch) / "t", plan))
+            files = FileSet(trace, Options())
+            for position, states in zip(epochs(trace), epochs_of(plan, (), "posix"), strict=True):
+                files.advance(position)
+                found = possible(CrashSet(files, Search()))
+                assert found is not None
+                assert known.setdefault(found.digest(), states) == states
+
+
+CUT = [Step("truncate", "a", value=256), Step("truncate", "a", value=1024), Step("sync", "a")]
+
+
+@given(first=steps, second=st.lists(more, min_size=1, max_size=3), looks=st.booleans())
+@example(
+    first=BEGINNINGS[1], second=[[Step("write", "a", 0, 2, value), Step("sync", "a")] for value in (1, 2)], looks=True
+)
+@example(first=BEGINNINGS[2], second=[[], CUT], looks=False)
+@example(first=BEGINNINGS[2], second=[CUT, [*CUT, Step("write", "a", 0, 4, 5), Step("sync", "a")]], looks=True)
+@example(first=BEGINNINGS[1], second=[[Step("unlink", "a"), Step("sync_dir")], [Step("sync_dir")]], looks=False)
+@settings(max_examples=60)
+def test_what_counts_as_alike_in_a_recovery_has_the_same_states(first, second, looks):
+    known: dict[bytes, set[Any]] = {}
+    states: set[Any] = set()
+
+    def judge(plan: list[Step], case: Case) -> None:
+        if case.level:
+            states.add(seen(case.store))
+            return
+        if looks:
+            seen(case.store)
+        do(case.store, plan)
+
+    def every(epoch: Any, here: Possible | None, level: int, part: Any) -> None:
+        """In place of `stores._Epoch._once`: everything is searched, and what is alike is compared."""
+        states.clear()
+        epoch.search.explore(part)
+        if level and here is not None:
+            assert known.setdefault(here.digest(), set(states)) == states
+
+    with tempfile.TemporaryDirectory() as scratch, mock.patch("powercut.stores._Epoch._once", every):
+        path = record(Path(scratch) / "t", first)
+        for plan in second:
+            explore_store(path, partial(judge, plan), depth=1, positions=[Trace(path).length])
+
+
+MADE = [Step("create", "a"), Step("sync_dir")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        (MADE, [Step("create", "a")], False),
+        (MADE, [*MADE, Step("truncate", "a", value=512)], False),
+        ([*MADE, Step("write", "a", 0, 2, 1)], [*MADE, Step("write", "a", 0, 2, 1), Step("sync", "a")], False),
+        ([*MADE, Step("write", "a", 0, 2, 1)], [*MADE, Step("write", "a", 0, 2, 2)], False),
+        (MADE, [*MADE, Step("write", "a", 0, 2, 1), Step("sync", "a")], False),
+        (MADE, [*MADE, Step("rename", "a", value="b")], False),
+        (MADE, [Step("create", "b"), Step("unlink", "b"), *MADE], True),
+        ([*MADE, Step("write", "a", 0, 2, 1)], [*MADE, Step("sync", "a"), Step("write", "a", 0, 2, 1)], True),
+    ],
+)
+def test_alike_or_not(tmp_path, one, other, alike):
+    digests = set()
+    for plan in (one, other):
+        trace = Trace(record(tmp_path / "t", plan))
+        files = FileSet(trace, Options())
+        files.advance(trace.length)
+        found = possible(CrashSet(files, Search()))
+        assert found is not None
+        digests.add(found.digest())
+    assert (len(digests) == 1) == alike
 
 
 def changes(plan: list[Step], start: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from powercut.crash.model import epochs
-from powercut.stores import StoreOutcome, explore_store
+from powercut.stores import explore_store
 from powercut.trace import Trace
 from powercut.verdict import Verdict
 from support.quires import RECORDS, SIZE, after, recorded
 
+# Two writes into one block (the rest is taken along, or torn), a discard of it, and what makes it durable, freezes it,
+# or kills the writer. The journal has four slots: four lines reach a checkpoint.
 ALPHABET = (
     "write main 0 512",
     "write main 512 512",
@@ -30,35 +34,41 @@ _LAST = 2  # epochs explored of a long history, from its end
 _CHECKS = 400  # for each of them
 
 
-def ending(folder: Path, history: list[str], features: int) -> StoreOutcome:
-    """What a crash in the last line of a history, or while the set is closed after it, may leave. A crash before is
-    one in a shorter history."""
-    trace, judge = recorded(folder, history, features, range(2))
-    return explore_store(trace, judge, depth=0, positions=after(trace, len(history) - 1))
+def all_of(longest: int) -> Iterator[list[str]]:
+    """All histories of up to so many lines, the shorter ones first."""
+    for length in range(1, longest + 1):
+        for chosen in itertools.product(ALPHABET, repeat=length):
+            names = itertools.count()
+            yield [line.format(next(names)) if "{}" in line else line for line in chosen]
 
 
 @pytest.mark.parametrize(
-    ("longest", "records"),
+    ("longest", "records", "depth"),
     [
-        (2, "P"),
-        (2, "C"),
-        pytest.param(3, "C", marks=pytest.mark.slow),
-        pytest.param(4, "C", marks=pytest.mark.slow),
-        pytest.param(5, "C", marks=pytest.mark.slow),
+        (3, "C", 0),
+        (2, "P", 0),
+        *(pytest.param(5, records, 0, marks=pytest.mark.slow) for records in RECORDS),
+        *(pytest.param(3, records, 1, marks=pytest.mark.slow) for records in RECORDS),
     ],
 )
-def test_every_short_history(figure, longest, records):
-    histories = checks = 0
-    states = 0.0
+def test_every_short_history(tmp_path, figure, longest, records, depth):
+    """What a crash in the last line of a history, or while the set is closed after it, may leave: a crash before is one
+    in a shorter history. What many histories may leave is judged once."""
+    total, count, known = Counter[str](), 0, set[bytes]()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        for length in range(1, longest + 1):
-            for chosen in itertools.product(ALPHABET, repeat=length):
-                history = [line.format(number) for number, line in enumerate(chosen)]
-                outcome = ending(Path(folder), history, RECORDS[records])
-                assert outcome.verdict is Verdict.HOLDS, (history, [*map(str, outcome.findings)], outcome.reasons)
-                histories, checks, states = histories + 1, checks + outcome.checks, states + outcome.log2_states
-    name = f"quire, all histories of up to {longest} lines, {records} records"
-    figure(name, f"{histories:,} histories, 2^{states:,.0f} crash states in {checks:,} checks")
+        for history in all_of(longest):
+            trace, judge = recorded(Path(folder), history, RECORDS[records], range(2))
+            last = after(trace, len(history) - 1)
+            outcome = explore_store(trace, judge, depth=depth, positions=last, known=known)
+            assert outcome.verdict is Verdict.HOLDS, (history, [*map(str, outcome.findings)], outcome.reasons)
+            total.update(outcome.coverage)
+            count += 1
+    levels = ", and inside the recovery" if depth else ""
+    figure(
+        f"quire, all histories of up to {longest} lines{levels}, {records} records",
+        f"{count:,} histories, {total["epochs"]:,} epochs, {total["alike"]:,} sets of states like others, "
+        f"2^{total["log2_states"]:,.0f} crash states in {total["checks"]:,} checks",
+    )
 
 
 @st.composite

@@ -139,13 +139,13 @@ class CrashSet:
     `known[id]` is the node below that the recovery's file or directory `id` is; what it made itself is not in it."""
 
     def __init__(
-        self, files: FileSet, search: Search, below: State | None = None, level: int = 0,
+        self, files: FileSet, search: Search, below: CrashSet | None = None, level: int = 0,
         known: Mapping[int, Node] | None = None,
     ) -> None:  # fmt: skip
         self.files = files
         self.search = search
         self.level = level
-        self._below = below
+        self.below = below
         self._known = dict(known or {})
         self._mine = {node: id for id, node in self._known.items()}
 
@@ -153,7 +153,8 @@ class CrashSet:
         """The node that this level's trace calls `id`."""
         return self._known.get(id, Node(self.level, id))
 
-    def _id(self, node: Node) -> int | None:
+    def id_of(self, node: Node) -> int | None:
+        """What this level's trace calls `node`, if it knows it."""
         return node.id if node.level == self.level else self._mine.get(node)
 
     def _number(self, what: int, id: int) -> int:
@@ -168,17 +169,18 @@ class CrashSet:
     # Names
 
     def lookup(self, directory: Node, name: str) -> Node | None:
-        id = self._id(directory)
+        id = self.id_of(directory)
         if id is not None:
             entry = (id, name)
             for change in self.files.names.touching(entry):
                 if self._survived(change):
-                    return self._node_of(change.sets[entry])
+                    return self.node_of(change.sets[entry])
             if entry in self.files.names.durable:
-                return self._node_of(self.files.names.durable[entry])
-        return None if self._below is None else self._below.lookup(directory, name)
+                return self.node_of(self.files.names.durable[entry])
+        return None if self.below is None else self.below.lookup(directory, name)
 
-    def _node_of(self, id: int | None) -> Node | None:
+    def node_of(self, id: int | None) -> Node | None:
+        """`node`, or None for none."""
         return None if id is None else self.node(id)
 
     def _survived(self, change: Change) -> bool:
@@ -190,9 +192,9 @@ class CrashSet:
         return change in changes[:kept]
 
     def names(self, directory: Node) -> set[str]:
-        id = self._id(directory)
+        id = self.id_of(directory)
         mine = self.files.names.of(id) if id is not None else set()
-        return mine if self._below is None else mine | self._below.names(directory)
+        return mine if self.below is None else mine | self.below.names(directory)
 
     def entries(self, directory: Node) -> list[str]:
         return [name for name in sorted(self.names(directory)) if self.lookup(directory, name) is not None]
@@ -200,15 +202,36 @@ class CrashSet:
     def is_directory(self, node: Node) -> bool:
         if node.level == self.level:
             return self.files.trace.files[node.id].role == "directory"
-        return self._below is not None and self._below.is_directory(node)
+        return self.below is not None and self.below.is_directory(node)
+
+    # What is decided already
+
+    def survives(self, change: Change) -> bool | None:
+        """Whether a change of names survived; None: not decided. Each survives by itself."""
+        decision = self.search.decided(self._number(_NAMES, 0), change.number)
+        return None if decision is None else decision.chosen == 1
+
+    def chosen(self, id: int, atom: int) -> Bytes | None:
+        """What an atom of the file holds, if that was decided at this level."""
+        decision = self.search.decided(self._number(_FILES, id), atom)
+        return None if decision is None else decision.choice.contents[decision.chosen]
+
+    def sizes_of(self, id: int) -> list[int]:
+        """How long the file may be."""
+        sizes = self.files.sizes[id]
+        if not self.files.options.sizes:
+            return [sizes.newest()]
+        possible = list(sizes.possible())
+        decision = self.search.decided(self._number(_SIZES, id), 0)
+        return possible if decision is None else [possible[decision.chosen]]
 
     # Sizes and contents
 
     def size(self, node: Node) -> int:
-        id = self._id(node)
+        id = self.id_of(node)
         if id is None:
-            assert self._below is not None
-            return self._below.size(node)
+            assert self.below is not None
+            return self.below.size(node)
         sizes = self.files.sizes[id]
         if not self.files.options.sizes:
             return sizes.newest()
@@ -219,20 +242,20 @@ class CrashSet:
         return self._decide(_SIZES, id, 0, list(possible), tuple(possible.values()))
 
     def read(self, node: Node, offset: int, length: int) -> Bytes:
-        id = self._id(node)
+        id = self.id_of(node)
         if id is None:
-            assert self._below is not None
-            return self._below.read(node, offset, length)
+            assert self.below is not None
+            return self.below.read(node, offset, length)
         contents, number = self.files.contents[id], self._number(_FILES, id)
-        if self._below is None:
+        if self.below is None:
             return CrashDisk(contents, self.search, number=number, survival=self._survival()).read(offset, length)
         size = contents.atom
         first, last = offset // size, -(-(offset + length) // size)
         if node.level == self.level:
             content = np.zeros((last - first) * size, dtype=np.uint8)
         else:
-            content = self._below.read(node, first * size, (last - first) * size).copy()
-            content[max(0, self._below.size(node) - first * size) :] = 0  # a file that grows again has zeros there
+            content = self.below.read(node, first * size, (last - first) * size).copy()
+            content[max(0, self.below.size(node) - first * size) :] = 0  # a file that grows again has zeros there
         lay_over(content.reshape(-1, size), first, last, contents, self.search, number, self._survival())
         return content[offset - first * size :][:length]
 

@@ -59,17 +59,19 @@ Candidates = list[tuple[bytes, ...]]  # of each sector: what it may hold
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a history, understood."""
+    """One line of a history, understood. `stamp`: which of the history's writes it is, from 1."""
 
     what: str
     names: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     fua: bool = False
+    stamp: int = 0
 
 
 def parse(lines: Sequence[str]) -> list[Line]:
     """Raises InputError, naming the line."""
     found = []
+    stamps = itertools.count(1)
     for number, text in enumerate(lines, 1):
         what, *words = text.split() or [""]
         shape = _SHAPES.get(what)
@@ -79,13 +81,13 @@ def parse(lines: Sequence[str]) -> list[Line]:
         pairs = list(zip(shape, words, strict=False))
         names = tuple(word for kind, word in pairs if kind == "n")
         numbers = tuple(parse_size(word) for kind, word in pairs if kind == "s")
-        found.append(Line(what, names, numbers, fua))
+        found.append(Line(what, names, numbers, fua, next(stamps) if what in ("write", "race") else 0))
     return found
 
 
-def content(line: int, sector: int) -> bytes:
-    """What line number `line` writes into a sector: never the same, never zeros."""
-    return (b"%8d%8d" % (line + 1, sector)) * (SECTOR // 16)
+def content(stamp: int, sector: int) -> bytes:
+    """What write number `stamp` of a history writes into a sector: never the same, never zeros."""
+    return (b"%8d%8d" % (stamp, sector)) * (SECTOR // 16)
 
 
 @contextmanager
@@ -113,7 +115,7 @@ class Session:
     def create(self, size: int, slots: int) -> None:
         self.quire = Set.create(self._store, size, slots=slots, features=self._features)
 
-    def perform(self, number: int, line: Line) -> None:
+    def perform(self, line: Line) -> None:
         """Do a line. Heads are opened when they are first used."""
         quire, names = self.quire, line.names
         if line.what == "reopen":
@@ -130,16 +132,16 @@ class Session:
             self._open()
         elif line.what == "race":
             image = opened(quire, names[0])
-            writer = threading.Thread(target=self._write, args=(image, number, line))
+            writer = threading.Thread(target=self._write, args=(image, line))
             self._meanwhile = lambda: self._start(writer)
             image.flush()
             if writer.ident is None:  # there was nothing to sync
                 self._meanwhile = None
-                self._write(image, number, line)
+                self._write(image, line)
             else:
                 writer.join(_LONG)
         elif line.what == "write":
-            self._write(opened(quire, names[0]), number, line)
+            self._write(opened(quire, names[0]), line)
         elif line.what in ("zero", "discard", "flush"):
             getattr(opened(quire, names[0]), line.what)(*line.numbers)
         else:
@@ -150,10 +152,10 @@ class Session:
     def _open(self) -> None:
         self.quire = Set.open(self._store, write=True, features=self._features)
 
-    def _write(self, image: Image, number: int, line: Line) -> None:
+    def _write(self, image: Image, line: Line) -> None:
         offset, length = line.numbers
         sectors = range(offset // SECTOR, (offset + length) // SECTOR)
-        image.write(offset, b"".join(content(number, sector) for sector in sectors), line.fua)
+        image.write(offset, b"".join(content(line.stamp, sector) for sector in sectors), line.fua)
 
     def _before(self, call: str, file: str) -> None:
         if call == "sync" and file.endswith(".leaf") and self._meanwhile is not None:
@@ -197,7 +199,7 @@ def record(
         for number, line in enumerate(lines):
             writer.mark("begin", line=number)
             try:
-                session.perform(number, line)
+                session.perform(line)
             except OSError as error:
                 if before is None:
                     raise

@@ -17,6 +17,8 @@ import contextlib
 from collections.abc import Iterator
 from itertools import groupby
 
+import xxhash
+
 from powercut.formats.quire.history import content, repeatable
 from powercut.formats.quire.promises import Promises, World
 from powercut.stores import Case
@@ -37,6 +39,12 @@ class Quire:
     def __init__(self, promises: Promises, touch: range = range(2)) -> None:
         self._promises = promises
         self._touch = touch
+
+    def promise(self, position: int) -> bytes:
+        """What the verdict rests on besides the state, in a few bytes."""
+        legal = self._promises.worlds(position)
+        worlds = [(sorted(world.names.items()), sorted(world.disks.items())) for world in legal]
+        return xxhash.xxh3_128_digest(repr((self._touch, worlds)).encode())
 
     def __call__(self, case: Case) -> None:
         worlds = [self._seen_since(case, world) for world in self._promises.worlds(case.position)]
@@ -160,7 +168,7 @@ def told(data: bytes) -> str:
     if not any(data):
         return "zeros"
     if data == data[:16] * (SECTOR // 16) and data[:16].strip().replace(b" ", b"").isdigit():
-        line, sector = int(data[:8]), int(data[8:16])
-        whose = f"the judge's write at level {line - 1 - _LATER}" if line > _LATER else f"line {line}"
+        stamp, sector = int(data[:8]), int(data[8:16])
+        whose = f"the judge's write at level {stamp - _LATER}" if stamp >= _LATER else f"write {stamp}"
         return f"{whose}, sector {sector}"
     return f"garbage ({data[:8].hex()}...)"

@@ -75,11 +75,11 @@ class Promises:
             number = mark["line"]
             line = lines[number] if 0 <= number < len(lines) else None
             if mark["label"] == "begin":
-                alive = [_begun(world, number, line) for world in alive]
+                alive = [_begun(world, line) for world in alive]
                 self._steps.append((position, list(alive)))
             elif mark["label"] == "failed":
                 if line is not None and line.what in _TREE and mark["tried"]:
-                    alive += [_unseen(_after(world, number, line), line) for world in alive if _can(world, line)]
+                    alive += [_unseen(_after(world, line), line) for world in alive if _can(world, line)]
                 for world in alive:
                     world.shake()
                 self._steps.append((position, copy.deepcopy(alive)))
@@ -104,7 +104,7 @@ class Promises:
         if line is None:
             after = [_settled(world) for world in alive]
         else:
-            after = [_after(world, number, line) if _can(world, line) else world for world in alive]
+            after = [_after(world, line) if _can(world, line) else world for world in alive]
         if line is not None and (line.what in _TREE or line.what in ("reopen", "kill")):
             after = [world for world in after if world.disks.keys() == names.keys()][:1]
         after[0].names = names
@@ -120,11 +120,11 @@ class Promises:
         return found or [World()]
 
 
-def _begun(world: World, number: int, line: Line | None) -> World:
+def _begun(world: World, line: Line | None) -> World:
     """What is legal once a line began: all that was, and what it writes."""
     begun = copy.deepcopy(world)
     if line is not None and line.what in _WRITING and _can(world, line):
-        for sector, data in _written(world, number, line):
+        for sector, data in _written(world, line):
             _add(begun.disks[line.names[0]], sector, data)
     return begun
 
@@ -135,7 +135,7 @@ def _can(world: World, line: Line) -> bool:
     return world.disks.keys() >= set(needed)
 
 
-def _written(world: World, number: int, line: Line) -> list[tuple[int, bytes]]:
+def _written(world: World, line: Line) -> list[tuple[int, bytes]]:
     """The sectors that a line writes, and with what."""
     offset, length = line.numbers
     end = offset + length
@@ -144,7 +144,7 @@ def _written(world: World, number: int, line: Line) -> list[tuple[int, bytes]]:
         offset, end = -(-offset // BLOCK) * BLOCK, end if end == size else end // BLOCK * BLOCK
     zero = line.what in ("zero", "discard")
     sectors = range(offset // SECTOR, end // SECTOR)
-    return [(sector, bytes(SECTOR) if zero else content(number, sector)) for sector in sectors]
+    return [(sector, bytes(SECTOR) if zero else content(line.stamp, sector)) for sector in sectors]
 
 
 def _add(disk: Candidates, sector: int, data: bytes) -> None:
@@ -157,23 +157,23 @@ def _settled(world: World) -> World:
     return World(dict(world.names), {name: world.durable(name) for name in world.disks}, dict(world.torn))
 
 
-def _after(world: World, number: int, line: Line) -> World:
+def _after(world: World, line: Line) -> World:
     """What is promised once a line has returned."""
     after = copy.deepcopy(world)
     name = line.names[0] if line.names else ""
     disks = after.disks
     if line.what in ("write", "zero", "discard"):
-        for sector, _ in _written(world, number, line):
+        for sector, _ in _written(world, line):
             after.torn.pop((name, sector), None)
     if line.what in _DURABLE:
         for head in [name] if name else list(disks):
             disks[head] = world.durable(head)
     if line.what == "race":  # what the flush promises came before the write
-        for sector, data in _written(world, number, line):
+        for sector, data in _written(world, line):
             disks[name][sector] = tuple(dict.fromkeys((*world.disks[name][sector][-2:-1], data)))
             after.torn.pop((name, sector), None)
     elif line.what == "write" and line.fua:
-        for sector, data in _written(after, number, line):
+        for sector, data in _written(after, line):
             disks[name][sector] = (data,)
     elif line.what in ("snapshot", "clone"):
         after.become(line.names[1], disks[name])
