@@ -216,7 +216,9 @@ class _Epoch:
     def run(self, task: Task, seed: int) -> _Visited:
         """Exhaust the epoch that ends at `task.position`, or look at a sample of its states."""
         self.position = task.position
-        self._promise = self.judge.promise(task.position) if isinstance(self.judge, Promising) else b"%d" % task.position
+        self._promise = (
+            self.judge.promise(task.position) if isinstance(self.judge, Promising) else b"%d" % task.position
+        )
         counts, undone = self.files.alternatives(), self.files.undone()
         result = _Visited(task.index, task.position, undecided_atoms=len(counts), events=len(undone))
         result.log2_states = float(np.log2(counts).sum()) if counts else 0.0

@@ -66,8 +66,8 @@ def test_every_short_history(tmp_path, figure, longest, records, depth):
     levels = ", and inside the recovery" if depth else ""
     figure(
         f"quire, all histories of up to {longest} lines{levels}, {records} records",
-        f"{count:,} histories, {total["epochs"]:,} epochs, {total["alike"]:,} sets of states like others, "
-        f"2^{total["log2_states"]:,.0f} crash states in {total["checks"]:,} checks",
+        f"{count:,} histories, {total['epochs']:,} epochs, {total['alike']:,} sets of states like others, "
+        f"2^{total['log2_states']:,.0f} crash states in {total['checks']:,} checks",
     )
 
 
