@@ -73,8 +73,10 @@ class Outcome:
 class _Exploration:
     """One exploration under way. `interrupted`: it was cut short, and what is missing stays unknown."""
 
-    def __init__(self, plan: Plan, pool: Workers, journal: Journal | None, done: Progress) -> None:
+    def __init__(self, plan: Plan, trace: Trace, pool: Workers, journal: Journal | None, done: Progress) -> None:
         self._plan = plan
+        self._trace = trace
+        self._verified = False
         self._pool = pool
         self._journal = journal
         self._done = done
@@ -88,7 +90,11 @@ class _Exploration:
         results = {task.index: known[task] for task in tasks if task in known}
         self._done(len(results), len(tasks))
         try:
-            for result in self._pool.explore(self._plan, list(left.values())):
+            found = self._pool.explore(self._plan, list(left.values()))
+            if not self._verified:  # while workers are at work already; nothing they say counts before
+                self._trace.verify()
+                self._verified = True
+            for result in found:
                 results[result.index] = result
                 if self._journal is not None:
                     self._journal.put(left[result.index], result)
@@ -136,7 +142,6 @@ def explore_trace(
     Raises InputError if the trace cannot be used.
     """
     trace = Trace(plan.trace)
-    trace.verify()
     image = trace.file("image")
     if image is None:
         raise InputError(f"{plan.trace}: has no image")
@@ -148,7 +153,7 @@ def explore_trace(
     most = count if slow else -(-count // 64) if count >= _FEW else 1
     jobs = min(jobs or os.cpu_count() or 1, most)
     with workers(trace, jobs, cluster) as pool:
-        exploration = _Exploration(plan, pool, kept, progress)
+        exploration = _Exploration(plan, trace, pool, kept, progress)
         empty = [EpochResult(index, position) for index, position in enumerate(ends)]
         results = rounds(empty, budget, exploration.explore, lambda: exploration.interrupted)
     outcome = conclude(plan, trace, results)

@@ -31,7 +31,7 @@ _PIECE = 32 << 20  # bytes of a trace that are shipped at once
 
 
 class Workers(Protocol):
-    """Explores the epochs of `tasks`, which ascend; results come as they are ready."""
+    """Explores the epochs of `tasks`, which ascend; results come as they are ready. Other processes begin at once."""
 
     def explore(self, plan: Plan, tasks: Sequence[Task]) -> Iterator[EpochResult]: ...
 
@@ -102,26 +102,27 @@ class Pool:
                 portion, lane.left = lane.left[:size], lane.left[size:]
                 futures[self._submit(lane, plan, portion)] = lane, portion
 
+        def results() -> Iterator[EpochResult]:
+            while futures:
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    lane, portion = futures.pop(future)
+                    try:
+                        ready = future.result()
+                        lane.tries = 0
+                    except self._lost():
+                        ready = []
+                        lane.left[:0] = portion
+                        lane.tries += 1
+                        if lane.tries == _TRIES:
+                            words = f"worker processes were lost {_TRIES} times in a row (killed, or out of memory)"
+                            raise EnvironmentFault(words) from None
+                        self._again(lane, plan)
+                    give(lane)
+                    yield from ready
+
         for lane in self._lanes:
             give(lane)
-        while futures:
-            done, _ = wait(futures, return_when=FIRST_COMPLETED)
-            for future in done:
-                lane, portion = futures.pop(future)
-                try:
-                    results = future.result()
-                except self._lost():
-                    lane.left[:0] = portion
-                    lane.tries += 1
-                    if lane.tries == _TRIES:
-                        words = f"worker processes were lost {_TRIES} times in a row (killed, or out of memory)"
-                        raise EnvironmentFault(words) from None
-                    self._again(lane, plan)
-                    give(lane)
-                    continue
-                lane.tries = 0
-                give(lane)
-                yield from results
+        return results()
 
     def _share(self, lane: _Lane, size: int) -> None:
         """Let `lane` have half of what is left to the one that has most."""
@@ -169,8 +170,12 @@ class Processes(Pool):
 
     def explore(self, plan: Plan, tasks: Sequence[Task]) -> Iterator[EpochResult]:
         _local.session = Session(plan, self._trace)
+        return self._until_done(super().explore(plan, tasks))
+
+    @staticmethod
+    def _until_done(results: Iterator[EpochResult]) -> Iterator[EpochResult]:
         try:
-            yield from super().explore(plan, tasks)
+            yield from results
         finally:
             _local.session = None
 

@@ -18,7 +18,8 @@ something changed since they were found legal: the L2 entry, the host sectors be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import numpy as np
 
@@ -39,6 +40,7 @@ from powercut.verdict import Problem, Severity
 _NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from the image
 _BASE = 1 << 30  # the backing file's number among the disks that a search decides
 _DENSE = 1 << 24  # clusters: a byte for each is less work than to search
+_FEW = 1 << 12  # clusters: of more it is not remembered one by one that they are legal
 _AT_ONCE = 1 << 20  # guest sectors judged at once: bounds the memory for the arrays
 
 
@@ -48,6 +50,8 @@ class Qcow2:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._legal: tuple[U64, U64 | None] | None = None  # the entries with which guest clusters were found legal
+        self._epoch: tuple[int, Header] | None = None
+        self._judged: set[tuple[int, int, int]] = set()  # clusters and entries found legal in other states of the epoch
 
     @staticmethod
     def host_size(size: int) -> int:
@@ -84,10 +88,15 @@ class Qcow2:
         if sizes and header.size not in sizes:
             text = f"the disk has {header.size:,} bytes; legal: {' or '.join(f'{size:,}' for size in sizes)}"
             report(Problem("acknowledged", "size", 0, Severity.SILENT, text))
-        bad: list[I64] = []
-        guest = self._changed(header, mapping.entry, mapping.bitmap)
-        bitmap = None if mapping.bitmap is None else mapping.bitmap[guest]
-        bad += self._suspects(header, guest, mapping.entry[guest], bitmap)
+        guest, bitmap = self._changed(header, mapping.entry, mapping.bitmap), mapping.bitmap
+        if self._epoch != (self._recording.image.position, header):
+            self._epoch, self._judged = (self._recording.image.position, header), set()
+        if self._judged:
+            known = [entry in self._judged for entry in _each(guest, mapping.entry, bitmap)]
+            guest = guest[~np.array(known, dtype=np.bool_)]
+        bad = self._suspects(header, guest, mapping.entry[guest], None if bitmap is None else bitmap[guest])
+        if not bad and len(guest) <= _FEW:
+            self._judged.update(_each(guest, mapping.entry, bitmap))
         if disk.written:  # what a recovery wrote is not in the sets: those sectors are read one by one
             bad.append(self._behind(header, mapping.entry, disk.written))
         others = mapping.others
@@ -208,6 +217,12 @@ class Qcow2:
         if place == _BACKING and backing is not None and sector < backing.sectors:
             return CrashDisk(backing, disk.search, number=_BASE), sector
         return (disk, place) if place >= 0 else None
+
+
+def _each(guest: I64, entry: U64, bitmap: U64 | None) -> Iterator[tuple[int, int, int]]:
+    """Each of these guest clusters with its entry."""
+    bits = repeat(0) if bitmap is None else bitmap[guest].tolist()
+    return zip(guest.tolist(), entry[guest].tolist(), bits, strict=False)
 
 
 def _within(cluster: I64, begin: I64, end: I64) -> Bools:
