@@ -74,7 +74,7 @@ RECORD = np.dtype(
     ]
 )
 assert RECORD.itemsize == 64
-_RELEASE = 256 << 20
+_RELEASE = 64 << 20
 _UNFINISHED = (
     b"\xff"  # follows the last record while recording goes on: whoever dies leaves a trace whose end is missing
 )

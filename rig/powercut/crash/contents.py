@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import CHANGES, Durability, spread, table
+from powercut.crash.model import CHANGES, Durability, add_range, spread, table
 from powercut.crash.options import SCRAMBLED, ZEROED, Options
 from powercut.disk import Bytes
 from powercut.sparse import sparse_zeros
@@ -24,7 +24,7 @@ from powercut.trace import SECTOR, FileInfo, Kind, Trace
 Rows = NDArray[np.int64]
 _UNKNOWN = min(ZERO, GARBAGE) - 1  # no operation's number
 _AT_ONCE = 2048  # rows: a MiB of sectors, which stays in a processor's cache
-_MANY = 8 * _AT_ONCE
+_MANY = 4 * _AT_ONCE
 
 
 class InFlight(NamedTuple):
@@ -115,7 +115,7 @@ class Contents(Durability):
 
     def entered(self, event: int) -> None:
         first, last = self.first[event], self.last[event]
-        self.touched.append((first, last))
+        add_range(self.touched, first, last)
         if self._newest is None:
             return
         if event in self._partial:

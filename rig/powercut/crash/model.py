@@ -36,6 +36,7 @@ from powercut.sparse import sparse_zeros
 from powercut.trace import NEVER, SECTOR, Flag, Kind, Trace
 
 _PAGE = 4096
+_MANY = 1 << 15  # ranges
 CHANGES = (Kind.WRITE, Kind.ZERO, Kind.DISCARD)
 
 
@@ -68,6 +69,19 @@ def spread(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[NDArray[n
     count = last - first
     which = np.repeat(np.arange(len(first)), count)
     return which, np.arange(len(which)) + (first - (np.cumsum(count) - count))[which]
+
+
+def add_range(ranges: list[tuple[int, int]], first: int, last: int) -> None:
+    """Add sectors `first` to `last - 1`. Ranges that meet become one when there are many: a walk may go far before
+    anybody asks."""
+    ranges.append((first, last))
+    if len(ranges) % _MANY:
+        return
+    array = np.array(ranges, dtype=np.int64)
+    begin, end = array[np.argsort(array[:, 0])].T
+    reach = np.maximum.accumulate(end)
+    starts = np.flatnonzero(np.append(True, begin[1:] > reach[:-1]))
+    ranges[:] = zip(begin[starts].tolist(), np.maximum.reduceat(end, starts).tolist(), strict=True)
 
 
 class Table:

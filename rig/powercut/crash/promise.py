@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from powercut.crash.model import Durability
+from powercut.crash.model import Durability, add_range
 from powercut.sparse import sparse_zeros
 from powercut.stamp import GARBAGE, ZERO, make
 from powercut.trace import SECTOR, FileInfo, Kind, Trace
@@ -83,8 +83,8 @@ class Promise(Durability):
             which, sectors = which[~hint[which]], sectors[~hint[which]]
         super().settled(events, which, sectors)
         self._may_be_zero[sectors] = False
-        firm = events[~hint]
-        self.tightened += zip(self._first[firm].tolist(), self._last[firm].tolist(), strict=True)
+        for event in events[~hint].tolist():
+            add_range(self.tightened, self.first[event], self.last[event])
 
     def legal(self, at: Sectors, op: Sectors, stamped: Sectors) -> NDArray[np.bool_]:
         """Whether guest sector `at[i]` may hold the stamp of operation `op[i]` for sector `stamped[i]`."""

@@ -67,7 +67,8 @@ def _work(plan: Plan, tasks: list[Task]) -> list[EpochResult]:
     if session is None or session.plan != plan:
         session = _local.session = Session(plan)
     elif session.image.position > tasks[0].position:
-        session = _local.session = Session(plan, session.trace)
+        trace, session, _local.session = session.trace, None, None  # one walk in memory at a time
+        session = _local.session = Session(plan, trace)
     return list(session.explore(tasks))
 
 
