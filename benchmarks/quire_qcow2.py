@@ -73,6 +73,13 @@ def qcow2(folder: Path) -> Iterator[Client]:
         yield client
 
 
+@contextlib.contextmanager
+def bare(folder: Path) -> Iterator[Client]:
+    words = [sys.executable, str(Path(__file__).with_name("bare_nbd.py"))]
+    with served([*words, str(folder / "f"), str(folder / "b.sock"), str(SIZE)], folder / "b.sock") as client:
+        yield client
+
+
 def at_depth(client: Client, requests: list[tuple[Command, int, bytes | int]], depth: int) -> None:
     waiting = 0
     for number, (kind, offset, data) in enumerate(requests):
@@ -147,7 +154,7 @@ WORKS: list[tuple[str, Work, float]] = [
 def beside_qcow2(scratch: Path, rounds: int) -> None:
     rates: dict[tuple[str, str], list[float]] = {}
     for seed in range(rounds):
-        for name, begin in [("quire", quire), ("qcow2", qcow2)]:
+        for name, begin in [("quire", quire), ("qcow2", qcow2), ("bare", bare)]:
             with tempfile.TemporaryDirectory(dir=scratch) as folder, begin(Path(folder)) as client:
                 prepared(client)
                 for what, work, _ in WORKS:
@@ -155,8 +162,12 @@ def beside_qcow2(scratch: Path, rounds: int) -> None:
                     done = work(client, random.Random(seed))
                     rates.setdefault((name, what), []).append(done / (time.perf_counter() - start))
     for what, _, wanted in WORKS:
-        ours, theirs = (statistics.median(rates[name, what]) for name in ("quire", "qcow2"))
-        row(what, f"{ours / theirs:.2f} ({ours:,.0f} / {theirs:,.0f} a second)", f"qcow2 by qemu-nbd: {wanted} times")
+        ours, theirs, least = (statistics.median(rates[name, what]) for name in ("quire", "qcow2", "bare"))
+        row(
+            what,
+            f"{ours / theirs:.2f} ({ours:,.0f} / {theirs:,.0f} a second)",
+            f"qcow2 by qemu-nbd: {wanted} times; a bare server that writes as much: {least / theirs:.2f}",
+        )
 
 
 # ---- in process ---------------------------------------------------------------------------------------------
