@@ -98,6 +98,15 @@ def test_states_met_again_are_not_judged_again(traces, monkeypatch, figure, name
     assert {(f.rule, f.kind) for f in saved.findings} == {(f.rule, f.kind) for f in every.findings}
 
 
+def test_what_a_repair_left_is_judged_in_all_its_states(tmp_path):
+    """Refcounts of a dirty image are rebuilt: what that leaves is decided as it is judged, in several runs."""
+    about = {"about": "", "expect": "HOLDS", "size": "1M", "options": {"lazy_refcounts": "on", "compat": "1.1"}}
+    workload = {"operations": 12, "seed": 3, "depth": 1}
+    record(from_options(about | {"workload": workload}), tmp_path / "t.trace")
+    outcome = explored(tmp_path / "t.trace", "qemu-img check -f qcow2 -r all", depth=1)
+    assert outcome.verdict is Verdict.HOLDS, outcome.reasons
+
+
 def test_a_program_must_not_be_split_into_what_it_reads_apart(traces, tmp_path, planted):
     """The counterexample: two sectors that no run reads together, and a verdict that rests on both."""
     plan = Plan(str(traces["honest"]), "qcow2", checker="true")

@@ -189,11 +189,12 @@ class External:
         written.advance(done.written.length)
         written.settle_rest()
         repaired = RecoveredDisk(disk, written, level)
-        repaired.explore(lambda: self._judge_repaired(repaired, report))
+        assert self._left is not None
+        if not self._left.again(repaired, 0):  # asked once, not in each of its runs
+            repaired.explore(lambda: self._judge_repaired(repaired, report))
 
     def _judge_repaired(self, disk: RecoveredDisk, report: Report) -> None:
-        assert self._left is not None
-        if self._own is None or self._left.again(disk, 0):
+        if self._own is None:
             return
 
         def told(problem: Problem, patches: object = ()) -> None:
