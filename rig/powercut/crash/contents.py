@@ -24,7 +24,7 @@ from powercut.trace import SECTOR, FileInfo, Kind, Trace
 Rows = NDArray[np.int64]
 _UNKNOWN = min(ZERO, GARBAGE) - 1  # no operation's number
 _AT_ONCE = 2048  # rows: a MiB of sectors, which stays in a processor's cache
-_MANY = 4 * _AT_ONCE
+_MANY = 2 * _AT_ONCE
 
 
 class InFlight(NamedTuple):

@@ -41,7 +41,7 @@ _NOWHERE, _BACKING = -1, -2  # where a guest sector is read from, if not from th
 _BASE = 1 << 30  # the backing file's number among the disks that a search decides
 _DENSE = 1 << 24  # clusters: a byte for each is less work than to search
 _FEW = 1 << 12  # clusters: of more it is not remembered one by one that they are legal
-_AT_ONCE = 1 << 18  # guest sectors judged at once: bounds the memory for the arrays
+_AT_ONCE = 1 << 17  # guest sectors judged at once: bounds the memory for the arrays
 
 
 class Qcow2:
