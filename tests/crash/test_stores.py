@@ -458,3 +458,27 @@ def test_a_sample_finds_what_the_budget_does_not_come_to(tmp_path, planted, name
             assert outcome.verdict is Verdict.BROKEN
             survived = {told.event - 1 for told in outcome.findings[0].decisions if not told.durable}
             assert survived == state, "event 0 is the tree as it was"
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_finding_inside_a_recovery_ends_the_search_of_its_epoch(tmp_path, planted, broken):
+    """A repair in place leaves 2^64 states; where they are wrong a few are enough, where they are not a budget ends."""
+    path = tmp_path / "t"
+    with TraceWriter(path, {}) as writer:
+        RecordingStore(in_memory(), writer).create("a")
+
+    def judge(case: Case) -> None:
+        if "a" not in case.store.names():
+            return
+        file = case.store.open("a", write=True)
+        content = file.read(0, 64 * SECTOR)
+        if case.level == 0:
+            file.write(0, b"x" * (64 * SECTOR))
+        elif broken and 0 < content.count(b"x") < 64 * SECTOR:
+            case.report(Problem("recovers", "torn", 0, Severity.CORRUPT, "half mended"))
+
+    outcome = explore_store(path, judge, depth=1, budget=None if broken else 500)
+    if broken:
+        planted("states without end inside a recovery", outcome.verdict is Verdict.BROKEN)
+    assert outcome.verdict is (Verdict.BROKEN if broken else Verdict.UNKNOWN)
+    assert outcome.checks <= 500
