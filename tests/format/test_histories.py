@@ -45,10 +45,10 @@ def all_of(longest: int) -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     ("longest", "records", "depth"),
     [
-        (3, "C", 0),
+        (2, "C", 0),
         (2, "P", 0),
         *(pytest.param(5, records, 0, marks=pytest.mark.slow) for records in RECORDS),
-        *(pytest.param(3, records, 1, marks=pytest.mark.slow) for records in RECORDS),
+        *(pytest.param(2, records, 1, marks=pytest.mark.slow) for records in RECORDS),
     ],
 )
 def test_every_short_history(tmp_path, figure, longest, records, depth):

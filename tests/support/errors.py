@@ -36,6 +36,7 @@ ERRORS = {
         "rename c d",
         "write main 512 512",
         "flush main",
+        "seal s",
         "delete d",
         "revert main s",
     ],
@@ -61,7 +62,6 @@ class Failing:
             raise OSError(self.error, "planted", file)
 
 
-_CHECKS = 2000  # for each epoch; where a failed sync leaves more open than that, it is a sample
 _EPOCHS = 3  # explored after the failure, and the last one
 
 
@@ -70,14 +70,14 @@ def with_errors(folder: Path, history: Sequence[str], features: int, error: int)
     end, may then leave."""
     lines = parse(history)
     path = folder / "t.trace"
+    known = set[bytes]()  # what comes before the call that fails is the same each time
     for at in range(10**6):
         failing = Failing(at, error)
         record(lines, SIZE, SLOTS, path, features, failing)
         if failing.struck:
             soon = _soon(path)
-            checks = _CHECKS * len(soon)
             judge = Quire(Promises(path, lines))
-            yield failing.struck, explore_store(path, judge, depth=0, positions=soon, budget=checks)
+            yield failing.struck, explore_store(path, judge, depth=0, positions=soon, known=known)
         if failing.count <= at:
             return
 

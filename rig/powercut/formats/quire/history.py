@@ -4,7 +4,7 @@ A history is a list of lines; sizes and offsets in bytes, with units as everywhe
 
     write HEAD OFFSET LENGTH [fua]    zero HEAD OFFSET LENGTH    discard HEAD OFFSET LENGTH    flush HEAD
     snapshot HEAD NAME    clone SNAPSHOT HEAD    revert HEAD SNAPSHOT    rename OLD NEW    delete NAME
-    resize HEAD SIZE      reopen
+    resize HEAD SIZE      reopen    seal SNAPSHOT
     race HEAD OFFSET LENGTH    flush the head, and write while the flush syncs
     kill HEAD                  flush the head, but the program is killed before the sync; then reopen
 
@@ -47,6 +47,7 @@ _SHAPES = {  # what the words of a line are
     "delete": "n",
     "resize": "ns",
     "reopen": "",
+    "seal": "n",
     "race": "nss",
     "kill": "n",
 }

@@ -6,6 +6,9 @@
     immutable      every sector of a snapshot holds what it held
     no-leak        after opening for writing no file is left that the manifest does not name
     detects        whatever an opener meets in a crash state, it answers with an error of its own or not at all
+    identity       what a disk reads in a block of data lies at the same offset of the leaf's file
+    refuses        beside a writer a second one is refused, at once
+    repairs        once recovered, either copy of all metadata may be lost: the same is read, and the copy is mended
 
 After each recovery the judge goes on like a user: it writes, flushes, and then leaves a witness, a file whose name is
 durable. A crash state inside that is judged with it: what came before the witness must be there.
@@ -14,21 +17,28 @@ durable. A crash state inside that is judged with it: what came before the witne
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator
 from itertools import groupby
 
 import xxhash
 
 from powercut.formats.quire.history import content, repeatable
+from powercut.formats.quire.mends import Mends
 from powercut.formats.quire.promises import Promises, World
 from powercut.stores import Case
 from powercut.trace import SECTOR
 from powercut.verdict import Problem, Severity
-from quire.errors import QuireError
+from quire.errors import Busy, QuireError
 from quire.image import Image
+from quire.layout import BLOCK, DATA, PARENT
+from quire.leaf import Leaf
+from quire.seal import file_name
 from quire.sets import Set
 
-RULES = ("opens", "atomic-tree", "acknowledged", "immutable", "no-leak", "detects")
+RULES = (
+    "opens", "atomic-tree", "acknowledged", "immutable", "no-leak", "detects", "identity", "refuses", "repairs"
+)  # fmt: skip
 _LATER = 9000  # what the judge writes is told from what the history wrote by this
 
 
@@ -39,6 +49,7 @@ class Quire:
     def __init__(self, promises: Promises, touch: range = range(2)) -> None:
         self._promises = promises
         self._touch = touch
+        self._mends = Mends()
 
     def promise(self, position: int) -> bytes:
         """What the verdict rests on besides the state, in a few bytes."""
@@ -52,11 +63,14 @@ class Quire:
             if not case.level:  # deeper down, opening for writing reads the same and more
                 self._look(case, worlds, write=False)
             self._look(case, worlds, write=True)
+            if not case.level and all(world.names for world in worlds):
+                with self._guarded(case, worlds):
+                    self._mends.check(case)
 
     def _look(self, case: Case, worlds: list[World], *, write: bool) -> None:
         """Open, compare, and when writing go on."""
         with self._guarded(case, worlds), contextlib.ExitStack() as stack:
-            quire = stack.enter_context(Set.open(case.store, write=write))
+            quire = stack.enter_context(Set.open(case.store, write=write, verify=True))
             world = self._same_tree(case, worlds, quire)
             if world is None:
                 return
@@ -64,6 +78,7 @@ class Quire:
                 image = quire.image(name)
                 self._compare(case, world, image, "acknowledged" if writable else "immutable")
             if write:
+                self._alone(case)
                 self._nothing_left(case, quire)
                 self._go_on(case, quire, world)
 
@@ -75,7 +90,7 @@ class Quire:
         except QuireError as error:
             if all(world.names for world in worlds):
                 report(case, "opens", "refused", Severity.UNOPENABLE, str(error))
-        except (OSError, ValueError, LookupError, AssertionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AssertionError, struct.error) as error:
             kind = type(error).__name__
             report(case, "detects", kind, Severity.UNOPENABLE, f"{kind} instead of an error of the format: {error}")
 
@@ -101,6 +116,7 @@ class Quire:
 
         def look(first: int, count: int) -> None:
             data = image.read(first * SECTOR, count * SECTOR)
+            self._at_home(case, image, first, data)
             for i in range(count):
                 self._sector(case, image.name, rule, first + i, bytes(data[i * SECTOR : (i + 1) * SECTOR]), disk)
 
@@ -117,9 +133,33 @@ class Quire:
         silent = f"sector {sector} of {name} holds {told(data)}; legal: {', '.join(map(told, disk[sector]))}"
         report(case, rule, f"{name}-{told(data)}", Severity.SILENT, silent, sector)
 
+    def _at_home(self, case: Case, image: Image, first: int, data: bytes | bytearray) -> None:
+        """Compare what a disk reads with the files of the leaves that have it, block by block."""
+        store, begin, end = case.again(), first * SECTOR, first * SECTOR + len(data)
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            leaf: Leaf | None = image.leaf
+            low, high = max(begin, block * BLOCK), min(end, (block + 1) * BLOCK)
+            while leaf is not None and leaf.states[block] == PARENT and high <= leaf.size:
+                leaf = leaf.parent
+            if leaf is None or high > leaf.size or leaf.states[block] != DATA:
+                continue
+            if store.open(leaf.identity.file, write=False).read(low, high - low) != data[low - begin : high - begin]:
+                text = f"what {image.name} reads at {low} does not lie there in {leaf.identity.file}"
+                report(case, "identity", image.name, Severity.CORRUPT, text, low // SECTOR)
+
+    def _alone(self, case: Case) -> None:
+        """A second writer beside the one that is open."""
+        try:
+            Set.open(case.store, write=True).close()
+        except Busy:
+            return
+        report(case, "refuses", "writer", Severity.CORRUPT, "a second writer was let in")
+
     def _nothing_left(self, case: Case, quire: Set) -> None:
         named = {identity.file for identity in quire.manifest.leaves.values()}
-        left = [name for name in quire.store.names() if name.endswith((".leaf", ".state")) and name not in named]
+        named |= {file_name(leaf) for leaf in quire.manifest.seals}
+        kinds = (".leaf", ".state", ".seal")
+        left = [name for name in quire.store.names() if name.endswith(kinds) and name not in named]
         if left:
             report(case, "no-leak", "file", Severity.LEAK, f"after opening for writing {left[0]} is still there")
 
