@@ -98,6 +98,14 @@ def test_states_met_again_are_not_judged_again(traces, monkeypatch, figure, name
     assert {(f.rule, f.kind) for f in saved.findings} == {(f.rule, f.kind) for f in every.findings}
 
 
+def test_once_something_is_found_few_states_more_are_judged(traces, planted):
+    """Where flushes lied, a repair leaves states without end: 64 judgements after the first finding are enough."""
+    for depth in (0, 1, 2):
+        outcome = explored(traces["lying"], "qemu-img check -f qcow2 -r all", depth, budget=None)
+        planted(f"flushes that lied, repaired, {depth} deep", outcome.verdict is Verdict.BROKEN)
+        assert outcome.coverage.checks < 200
+
+
 def test_what_a_repair_left_is_judged_in_all_its_states(tmp_path):
     """Refcounts of a dirty image are rebuilt: what that leaves is decided as it is judged, in several runs."""
     about = {"about": "", "expect": "HOLDS", "size": "1M", "options": {"lazy_refcounts": "on", "compat": "1.1"}}

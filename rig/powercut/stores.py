@@ -23,7 +23,7 @@ import numpy as np
 from powercut.capture.interrupted import interruptions_are_its_own
 from powercut.capture.store import RecordingStore
 from powercut.crash.alike import Possible, comparable, possible
-from powercut.crash.explore import ENOUGH, MORE, SPENT, Searched, Task, Unjudged
+from powercut.crash.explore import ENOUGH, MORE, SPENT, Enough, Searched, Task, Unjudged
 from powercut.crash.fileset import CrashSet, FileSet, Node, State, Told, of_recording, tell
 from powercut.crash.model import CHANGES, epochs
 from powercut.crash.options import Options
@@ -189,10 +189,6 @@ class _Known:
         return store.node
 
 
-class _Enough(Exception):
-    """Enough was found in this epoch."""
-
-
 class _Epoch:
     """The search of one epoch."""
 
@@ -231,7 +227,7 @@ class _Epoch:
                 whole = CrashSet(self.files, self.search)
                 self._once(None if self._known is None else possible(whole), 0, self._whole)
                 result.exhausted = not self.found
-        except _Enough:
+        except Enough:
             pass
         except BudgetSpent:
             result.unknown = SPENT
@@ -247,14 +243,14 @@ class _Epoch:
     def state(self, position: int) -> Sequence[StoreFinding]:
         """What is wrong with the one state of a `OneState`."""
         self.position = position
-        with suppress(Nondeterministic, Unjudged, _Enough):  # what was found until then stands
+        with suppress(Nondeterministic, Unjudged, Enough):  # what was found until then stands
             self._check(CrashSet(self.files, self.search), 0)
         return list(self.found.values())
 
     def _whole(self) -> None:
         self._check(CrashSet(self.files, self.search), 0)
         if len(self.found) >= ENOUGH:
-            raise _Enough
+            raise Enough
 
     def _once(self, here: Possible | None, level: int, part: Callable[[], None]) -> None:
         """Explore `part`, unless states like these were explored and nothing was found."""
@@ -285,7 +281,7 @@ class _Epoch:
             self.judge(Case(store, self.files, state, self.position, level, report, self.search, self.directories))
             self._more -= bool(self.found)
             if self._more == 0:  # also deep in a recovery: its states may be without end
-                raise _Enough
+                raise Enough
 
         if level >= self.depth:  # nobody looks into what the judge does
             judge(SetStore(state, self.directories))

@@ -123,7 +123,7 @@ class Unjudged(Exception):
     """A judge's word that it cannot tell: the epoch is then unknown, for the reason given."""
 
 
-class _Stop(Exception):
+class Enough(Exception):
     """Enough was found in this epoch."""
 
 
@@ -176,7 +176,7 @@ class _Visit:
         self._judge(self._disk, self._report, lambda rule: self._rules[rule] >= ENOUGH)
         self._more -= bool(self._seen)
         if self._more == 0:
-            raise _Stop
+            raise Enough
 
     def ended(self, run: Callable[[], None]) -> EpochResult:
         """Let `run` search, and say what came of it."""
@@ -184,7 +184,7 @@ class _Visit:
         try:
             run()
             result.exhausted = not self._seen  # with a finding, judging was cut short
-        except _Stop:
+        except Enough:
             pass
         except BudgetSpent:
             result.unknown = SPENT

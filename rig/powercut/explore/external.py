@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,7 +27,7 @@ from typing import NamedTuple, Protocol
 from powercut.capture.nbd import Recorder
 from powercut.crash.contents import Contents
 from powercut.crash.disk import CrashDisk
-from powercut.crash.explore import Report, Unjudged
+from powercut.crash.explore import MORE, Enough, Report, Unjudged
 from powercut.crash.memory import Memory, Steps
 from powercut.crash.model import epochs
 from powercut.crash.options import DEFAULT, Options
@@ -50,7 +51,7 @@ Disk = CrashDisk | RecoveredDisk
 class JudgeDisk(Protocol):
     """The format's own judgement of one state."""
 
-    def __call__(self, disk: Disk, report: Report) -> None: ...
+    def __call__(self, disk: Disk, report: Report, enough: Callable[[str], bool]) -> None: ...
 
 
 class _Export(Recorder):
@@ -109,16 +110,33 @@ class External:
         self._memory: Memory[_Run] = Memory()
         self._visited: Visited | None = None
         self._left: Visited | None = None
+        self._enough: Callable[[str], bool] = lambda rule: False
+        self._more, self._found = MORE, False
         self.runs = 0
         kind = (Path(self._words[0]).name, self._words[1])
         self._broken = _BROKEN.get(kind, (1,))
         self._fine = _FINE.get(kind, (0,))
 
-    def judge(self, disk: CrashDisk, report: Report) -> None:
-        """Run the program on `disk`, and again on every crash inside what it writes."""
+    def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
+        """Run the program on `disk`, and again on every crash inside what it writes. `enough` says of a rule whether
+        more that breaks it need not be looked for."""
+        self._enough = enough
         if self._visited is None or self._visited.below is not disk:
             self._visited, self._left = Visited(disk), Visited(disk)
-        self._check(disk, self._depth, report)
+            self._more, self._found = MORE, False
+
+        def told(problem: Problem, patches: Sequence[tuple[int, bytes]] = ()) -> None:
+            self._found = True
+            report(problem, patches)
+
+        self._check(disk, self._depth, told)
+
+    def _judging(self) -> None:
+        """One more state is judged. Raises Enough: something was found `MORE` states before, maybe deep in a recovery,
+        whose states may be without end."""
+        self._more -= self._found
+        if self._more == 0:
+            raise Enough
 
     def run(self, image: str, directory: str | None = None) -> tuple[bool, str]:
         """Run the program on `image`, a file or an NBD URI, and `directory`: whether it is content, and what it said.
@@ -165,6 +183,7 @@ class External:
         return done
 
     def _check(self, disk: Disk, depth: int, report: Report) -> None:
+        self._judging()
         done = self._run_on(disk)
         if not done.content:
             within = _patches(disk)
@@ -194,15 +213,16 @@ class External:
             repaired.explore(lambda: self._judge_repaired(repaired, report))
 
     def _judge_repaired(self, disk: RecoveredDisk, report: Report) -> None:
-        if self._own is None:
+        if self._own is None or self._enough("repairs"):
             return
+        self._judging()
 
         def told(problem: Problem, patches: object = ()) -> None:
             text = f"after the checker was content: {problem.text}"
             report(replace(problem, rule="repairs", text=text), disk.patches())
 
         with contextlib.suppress(Unjudged):  # the format cannot tell; the program's word stands
-            self._own(disk, told)
+            self._own(disk, told, lambda rule: self._enough("repairs"))
 
 
 def _patches(disk: Disk) -> list[tuple[int, bytes]]:

@@ -126,7 +126,7 @@ class Session:
     def judge(self, disk: CrashDisk, report: Report, enough: Callable[[str], bool]) -> None:
         """Judge one crash state: by the plan's checker, or by the format's own."""
         if self._external is not None:
-            self._external.judge(disk, report)
+            self._external.judge(disk, report, enough)
         else:
             self._by_format(disk, report, enough)
 
@@ -145,7 +145,7 @@ class Session:
             noticing = Noticing(disk, report)
             noticing.run(lambda: self._format.judge(noticing, in_scope, enough))
 
-    def _judge_alone(self, disk: Deciding, report: Report, enough: Callable[[str], bool] = lambda rule: False) -> None:
+    def _judge_alone(self, disk: Deciding, report: Report, enough: Callable[[str], bool]) -> None:
         """Judge by the format's rules, with no memory of the walk, which is left as it was."""
         image, promise, walking = self.image, self.promise, self._format
         touched, tightened = image.touched[:], promise.tightened[:] if promise else []
