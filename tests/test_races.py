@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from powercut.capture.holding import Gate
 from powercut.cli import main
-from powercut.faults.inflight import Case, Plan, Rig, parse
-from powercut.faults.races import Search, Tally
-from powercut.guest.control import Driver
+from powercut.faults.inflight import KINDS, STARTS, Case, Plan, Rig, parse
+from powercut.faults.races import Search, Tally, draw
+from powercut.guest.control import SNAPSHOT, Driver
 from powercut.guest.daemon import version
 from powercut.trace import SECTOR
 
@@ -41,6 +41,28 @@ def test_a_server_that_spoils_what_it_held_is_found(tmp_path, lie, length, plant
     """A stale read needs an operation past it to be held at all, so histories of three."""
     code, document, said = raced(tmp_path, "--lie", lie, "--length", str(length), "--start", "written")
     planted(f"held requests: {lie}", code == 1)
+    assert (code, document["verdict"]) == (1, "BROKEN"), said
+
+
+def test_a_random_history_changes_nothing_that_it_is_changing_already(figure):
+    """The guest would wait with it, and all that is held be let go."""
+    plan, held = Plan("qcow2", extra=KINDS["qcow2"], starts=STARTS["qcow2"]), 0
+    for number in range(200):
+        case, until = draw(plan, number)
+        changing = {at: one for at, one in enumerate(case.history, 1) if one.kind not in ("read", "flush")}
+        for first, end in until.items():
+            held += 1
+            assert first < end
+            for other in (one for at, one in changing.items() if first < at < end):
+                assert other.kind not in SNAPSHOT
+                one = changing.get(first, other._replace(length=0))
+                assert one.offset + one.length <= other.offset or other.offset + other.length <= one.offset
+    figure("operations held in 200 random histories", held)
+
+
+def test_random_histories_find_a_server_that_loses_what_it_held(tmp_path, planted):
+    code, document, said = raced(tmp_path, "--lie", "drop", "--length", "0", "--random", "4", "--seed", "1")
+    planted("held requests, random: drop", code == 1)
     assert (code, document["verdict"]) == (1, "BROKEN"), said
 
 

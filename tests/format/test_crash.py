@@ -29,9 +29,19 @@ def test_a_crash_inside_the_recovery(tmp_path, figure, records):
 
 
 @pytest.mark.slow
-def test_a_crash_inside_the_recovery_from_a_crash_inside_a_recovery(tmp_path, figure):
-    history = ["write main 0 512 fua"]
-    trace, judge = recorded(tmp_path, history, RECORDS["C"], range(2))
-    outcome = explore_store(trace, judge, depth=2, positions=after(trace, line=-1))
-    figure("quire, two levels of recovery, C records", told(outcome))
+@pytest.mark.parametrize("records", RECORDS)
+@pytest.mark.parametrize("name", HISTORIES)
+def test_a_crash_inside_the_recovery_of_every_history(tmp_path, figure, name, records):
+    trace, judge = recorded(tmp_path, HISTORIES[name], RECORDS[records], range(2))
+    outcome = explore_store(trace, judge, depth=1, known=set())
+    figure(f"quire, {name}, a crash inside the recovery too, {records} records", told(outcome))
+    assert outcome.verdict is Verdict.HOLDS, [*map(str, outcome.findings), *outcome.reasons]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("records", RECORDS)
+def test_a_crash_inside_the_recovery_from_a_crash_inside_a_recovery(tmp_path, figure, records):
+    trace, judge = recorded(tmp_path, ["write main 0 512 fua"], RECORDS[records], range(2))
+    outcome = explore_store(trace, judge, depth=2, positions=after(trace, line=-1), known=set())
+    figure(f"quire, two levels of recovery, {records} records", told(outcome))
     assert outcome.verdict is Verdict.HOLDS, [*map(str, outcome.findings), *outcome.reasons]

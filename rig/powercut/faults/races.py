@@ -23,7 +23,7 @@ from powercut import __version__
 from powercut.capture.holding import LIES, Label
 from powercut.errors import InputError
 from powercut.faults.inflight import KINDS, STARTS, Case, Plan, Ran, Rig, alphabet, parse, possible
-from powercut.guest.control import Operation
+from powercut.guest.control import SNAPSHOT, Operation
 from powercut.guest.daemon import version
 from powercut.report.races import Bundle, Hold, Outcome, load
 from powercut.verdict import Verdict
@@ -33,6 +33,9 @@ _REPEATS = 5  # how often a finding is run again to confirm it
 _CHUNK = 16  # histories, or random cases, that a process is given at once
 _SHRINK = 60.0  # seconds for making a finding smaller
 _LONG = 40  # operations in a random history
+_HELD = 0.25  # of these are held: this part
+_NEAR = 0.5  # while one is, this part of the others goes to its cluster
+_SNAPSHOTS = 0.25  # of random histories, this part makes snapshots: QEMU drains for each, and the rest see more
 _MANY = 3  # findings that are kept of each kind
 _KNOWN = 400  # kinds of faulty histories that a process shrinks; more are counted only
 
@@ -60,27 +63,54 @@ def histories(plan: Plan) -> Iterator[Case]:
             yield from filter(possible, (Case(start, history) for start in plan.starts))
 
 
-def draw(plan: Plan, number: int) -> Case:
-    """Random history `number`: anywhere near the alphabet's clusters, of all lengths."""
+def draw(plan: Plan, number: int) -> tuple[Case, dict[int, int]]:
+    """Random history `number`: anywhere near the alphabet's clusters, of all lengths. And of which operations, counted
+    from 1, some requests are to be held, and before which operation they are let go: until then nothing is drawn that
+    the guest would have to wait with."""
     rnd = random.Random(f"{plan.seed}/{number}")
     low, unit = max(0, plan.base - plan.cluster), min(plan.cluster // 4, 4096)
     high = plan.spare if plan.format == "qcow2" else plan.size  # the spare cluster keeps what it was given
     kinds = ["write"] * 4 + ["read"] * 2 + ["flush"]
     kinds += ["zero", "unmap"] * ("zero" in plan.extra) + ["discard"] * 2 * ("discard" in plan.extra)
-    kinds += ["snapshot"] * ("snapshot" in plan.extra)
-    operations, there = [], False
-    for _ in range(_LONG):
+    if "snapshot" in plan.extra and rnd.random() < _SNAPSHOTS:
+        kinds.append("snapshot")
+    operations: list[Operation] = []
+    until: dict[int, int] = {}
+    there = False
+
+    def drawn() -> Operation:
         kind = rnd.choice(kinds)
-        if kind == "snapshot":
-            operations.append(Operation("delete" if there else "create", name="x"))
-            there = not there
-            continue
+        if kind in ("flush", "snapshot"):
+            return Operation("flush") if kind == "flush" else Operation("delete" if there else "create", name="x")
         length = rnd.choice((unit, plan.cluster // 2, plan.cluster, plan.cluster, 2 * plan.cluster))
         grain = rnd.choice((unit, plan.cluster))
-        offset = low + rnd.randrange((high - low) // grain) * grain
-        whole = Operation(kind, offset, min(length, high - offset))
-        operations.append(Operation("flush") if kind == "flush" else whole)
-    return Case(rnd.choice(plan.starts), tuple(operations))
+        first, last = low, high
+        near = [other.offset // plan.cluster * plan.cluster for other in held if other.length]
+        if near and rnd.random() < _NEAR:
+            first, last = (begin := rnd.choice(near)), min(high, begin + plan.cluster)
+        offset = first + rnd.randrange((last - first) // grain) * grain
+        return Operation(kind, offset, min(length, high - offset))
+
+    held: list[Operation] = []
+    for now in range(1, _LONG + 1):
+        held[:] = [operations[other - 1] for other, end in until.items() if end > now]
+        one = next(
+            (one for one in (drawn() for _ in range(_LONG)) if not any(_waits(one, other, plan) for other in held)),
+            Operation("flush"),
+        )
+        there ^= one.kind in SNAPSHOT
+        operations.append(one)
+        if one.kind not in SNAPSHOT and rnd.random() < _HELD:
+            until[now] = now + rnd.randrange(2, 8)
+    return Case(rnd.choice(plan.starts), tuple(operations)), until
+
+
+def _waits(one: Operation, held: Operation, plan: Plan) -> bool:
+    """Whether the guest waits with `one` while `held` is under way."""
+    if one.kind in SNAPSHOT:
+        return True
+    changes = {one.kind, held.kind}.isdisjoint(("read", "flush")) and not plan.overlap
+    return changes and one.offset < held.offset + held.length and held.offset < one.offset + one.length
 
 
 class Search:
@@ -110,12 +140,12 @@ class Search:
 
     def wander(self, number: int, tally: Tally) -> None:
         """Run a random history with random holds."""
-        case = draw(self.rig.plan, number)
+        case, until = draw(self.rig.plan, number)
         seed = f"{self.rig.plan.seed}/{number}"
 
         def choose(label: Label) -> int | None:
             rnd = random.Random(f"{seed}/{label.operation}/{label.request}")
-            return label.operation + rnd.randrange(2, 8) if rnd.random() < 0.15 else None
+            return until.get(label.operation) if rnd.random() < 0.5 else None
 
         ran = self.rig.run(case, choose)
         holds = tuple((at.label, at.until) for at in ran.arrivals if at.until is not None)

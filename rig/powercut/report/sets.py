@@ -53,6 +53,7 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     plan, found = outcome.plan, outcome.found
     lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: all files, {plan.options}"]
     how = "exhausted" if found.epochs == found.exhausted else f"{found.exhausted:,} exhausted"
+    how = how if found.epochs else "none to judge"
     lines.append(
         f"  covered  {count(found.epochs, 'epoch')} ({how}), {found.undecided:,} undecided names, sizes and atoms, "
         f"{states(found.log2_states)} crash states, {count(found.checks, 'check')}, {seconds:.1f} s"
