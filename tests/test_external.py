@@ -17,7 +17,7 @@ from powercut.explore.run import explore_trace
 from powercut.explore.session import Plan, Session
 from powercut.recording.record import record
 from powercut.report.outcome import save
-from powercut.scenario import from_options
+from powercut.scenario import from_options, load
 from powercut.verdict import Verdict
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="QEMU's tools are not installed")
@@ -96,6 +96,22 @@ def test_states_met_again_are_not_judged_again(traces, monkeypatch, figure, name
     assert saved.coverage.checks < every.coverage.checks
     assert saved.verdict is every.verdict
     assert {(f.rule, f.kind) for f in saved.findings} == {(f.rule, f.kind) for f in every.findings}
+
+
+@pytest.mark.parametrize(("lie", "verdict"), [([], Verdict.HOLDS), (["flush"], Verdict.BROKEN)])
+def test_the_storage_daemon_opens_a_dirty_image_for_writing(tmp_path, planted, lie, verdict):
+    """Refcounts are rebuilt as it opens, and crashes inside that explored; control: a disk that lied about flushes."""
+    scenario = load(Path(__file__).parents[1] / "scenarios" / "qcow2-open.toml")
+    options = {"cluster_size": "512", "lazy_refcounts": "on"}
+    about = {"about": "", "expect": "HOLDS", "size": "64k", "options": options, "record": {"lie": lie}}
+    history = ["write 0 4k", "flush", "write 8k 4k", "flush"]
+    record(from_options(about | {"workload": {"history": history, "depth": 1}}), tmp_path / "t.trace")
+    outcome = explored(tmp_path / "t.trace", scenario.explore.checker, depth=1)
+    assert outcome.verdict is verdict, outcome.reasons
+    if lie:
+        planted("flushes that lied, opened for writing", outcome.verdict is Verdict.BROKEN)
+    else:
+        assert outcome.coverage.checks > outcome.coverage.epochs, "opening wrote, and crashes inside were explored"
 
 
 def test_once_something_is_found_few_states_more_are_judged(traces, planted):
