@@ -56,7 +56,9 @@ BATCH: Final = 256  # two buffers each in one sendmsg: stays below IOV_MAX
 BATCH_BYTES: Final = 64 << 20
 _BUFFER = 4 << 20
 _LARGE = 256 << 10  # a payload of this size that is still on its way is received straight into its own memory
-_REPLY_BYTES = 4 << 20  # replies to reads wait for each other up to here
+_REPLY_BYTES = (
+    512 << 10
+)  # replies to reads wait for each other up to here; malloc would give more back and fetch it anew
 
 
 # Plain names: looking a member up in its class costs more than the rest of a request's checks.
@@ -367,6 +369,8 @@ class Connection:
             size += len(done) * SIMPLE_REPLY.size - self._socket.sendmsg(parts)
             if size > 0:
                 self._socket.sendall(memoryview(b"".join(parts))[-size:])
+        for request in done:
+            request.answer = b""  # its memory serves the next read
 
 
 class Server:
