@@ -8,6 +8,8 @@ from powercut.stores import explore_store
 from powercut.verdict import Verdict
 from support.quires import HISTORIES, RECORDS, after, explored, recorded
 
+FLUSHED = ["write main 0 512 fua"]
+
 
 def told(outcome):
     return f"2^{outcome.log2_states:.0f} crash states in {outcome.checks:,} checks"
@@ -39,9 +41,12 @@ def test_a_crash_inside_the_recovery_of_every_history(tmp_path, figure, name, re
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("records", RECORDS)
-def test_a_crash_inside_the_recovery_from_a_crash_inside_a_recovery(tmp_path, figure, records):
-    trace, judge = recorded(tmp_path, ["write main 0 512 fua"], RECORDS[records], range(2))
+@pytest.mark.parametrize(
+    ("history", "records"),
+    [(FLUSHED, "C"), (FLUSHED, "P"), (HISTORIES["reopen"], "P"), (HISTORIES["allocate, overwrite"], "P")],
+)
+def test_a_crash_inside_the_recovery_from_a_crash_inside_a_recovery(tmp_path, figure, history, records):
+    trace, judge = recorded(tmp_path, history, RECORDS[records], range(2))
     outcome = explore_store(trace, judge, depth=2, positions=after(trace, line=-1), known=set())
-    figure(f"quire, two levels of recovery, {records} records", told(outcome))
+    figure(f"quire, two levels of recovery, {'; '.join(history)}, {records} records", told(outcome))
     assert outcome.verdict is Verdict.HOLDS, [*map(str, outcome.findings), *outcome.reasons]
