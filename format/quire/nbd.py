@@ -56,9 +56,7 @@ BATCH: Final = 256  # two buffers each in one sendmsg: stays below IOV_MAX
 BATCH_BYTES: Final = 64 << 20
 _BUFFER = 4 << 20
 _LARGE = 256 << 10  # a payload of this size that is still on its way is received straight into its own memory
-_REPLY_BYTES = (
-    512 << 10
-)  # replies to reads wait for each other up to here; malloc would give more back and fetch it anew
+_REPLY_BYTES = 512 << 10  # replies to reads wait for each other up to here; malloc gives more back to the kernel
 
 
 # Plain names: looking a member up in its class costs more than the rest of a request's checks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from powercut.stores import explore_store
 from powercut.verdict import Verdict
-from support.quires import RECORDS, after, recorded
+from support.quires import MEMORY, RECORDS, after, recorded
 
 # Two writes into one block (the rest is taken along, or torn), a discard of it, and what makes it durable, freezes it,
 # or kills the writer. The journal has four slots: four lines reach a checkpoint.
@@ -25,7 +24,6 @@ ALPHABET = (
     "snapshot main s{}",
     "kill main",
 )
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def all_of(longest: int) -> Iterator[list[str]]:

@@ -3,7 +3,6 @@ crash."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from powercut.crash.model import epochs
 from powercut.crash.store import in_memory
-from powercut.formats.quire.history import SECTOR, Session, content, opened, parse, repeatable
+from powercut.formats.quire.history import SECTOR, Line, Session, content, opened, parse, repeatable
 from powercut.stores import explore_store
 from powercut.trace import Trace
 from powercut.verdict import Verdict
 from quire.errors import Damaged
 from quire.layout import BLOCK
 from support.mutants import MUTANTS, plant
-from support.quires import RECORDS, SIZE, SLOTS, Model, recorded
+from support.quires import MEMORY, RECORDS, SIZE, SLOTS, Model, recorded
 
-MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 _LAST = 2  # epochs explored of each history, from its end
 _CHECKS = 300  # for each of them
 _PLACES = [0, 512, 1024, 3584, 4096, 4608, 8192, 12288, 15872]  # blocks' edges, and what lies beside them
@@ -60,9 +58,11 @@ class Alive(RuleBasedStateMachine):
     def teardown(self) -> None:
         self._ids.__exit__(None, None, None)
 
-    def do(self, line: str) -> None:
+    def do(self, line: str) -> Line:
         self.lines.append(line)
-        self.session.perform(parse(self.lines)[-1])
+        done = parse(self.lines)[-1]
+        self.session.perform(done)
+        return done
 
     def durable(self, head: str) -> None:
         self.may[head] = [bytes(self.model.heads[head])]
@@ -76,19 +76,20 @@ class Alive(RuleBasedStateMachine):
     def snapshot(self, number: int) -> str:
         return sorted(self.model.snapshots)[number % len(self.model.snapshots)]
 
-    def place(self, head: str, offset: int, count: int) -> tuple[int, int]:
-        """An offset and a length within a head, in bytes."""
+    def place(self, number: int, offset: int, count: int) -> tuple[str, int, int]:
+        """A head, and an offset and a length within it, in bytes."""
+        head = self.head(number)
         size = len(self.model.heads[head])
         offset = min(offset, size - SECTOR)
-        return offset, min(count * SECTOR, size - offset)
+        return head, offset, min(count * SECTOR, size - offset)
 
     def new(self) -> str:
         return f"n{len(self.lines)}"
 
-    def wrote(self, head: str, offset: int, length: int) -> None:
-        stamp = parse(self.lines)[-1].stamp
+    def wrote(self, line: Line) -> None:
+        (head,), (offset, length) = line.names, line.numbers
         sectors = range(offset // SECTOR, (offset + length) // SECTOR)
-        self.model.write(head, offset, b"".join(content(stamp, sector) for sector in sectors))
+        self.model.write(head, offset, b"".join(content(line.stamp, sector) for sector in sectors))
         self.changed(head)
 
     heads = st.integers(0, 3)
@@ -97,23 +98,19 @@ class Alive(RuleBasedStateMachine):
 
     @rule(number=heads, offset=places, count=counts, fua=st.booleans())
     def write(self, number, offset, count, fua):
-        head = self.head(number)
-        offset, length = self.place(head, offset, count)
-        self.do(f"write {head} {offset} {length}{' fua' * fua}")
-        self.wrote(head, offset, length)
+        head, offset, length = self.place(number, offset, count)
+        self.wrote(self.do(f"write {head} {offset} {length}{' fua' * fua}"))
 
     @rule(number=heads, offset=places, count=counts)
     def race(self, number, offset, count):
-        head = self.head(number)
-        offset, length = self.place(head, offset, count)
-        self.do(f"race {head} {offset} {length}")
+        head, offset, length = self.place(number, offset, count)
+        line = self.do(f"race {head} {offset} {length}")
         self.durable(head)
-        self.wrote(head, offset, length)
+        self.wrote(line)
 
     @rule(number=heads, offset=places, count=counts)
     def zero(self, number, offset, count):
-        head = self.head(number)
-        offset, length = self.place(head, offset, count)
+        head, offset, length = self.place(number, offset, count)
         self.do(f"zero {head} {offset} {length}")
         self.model.zero(head, offset, length)
         self.changed(head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from powercut.trace import Kind, Trace
 from quire.layout import BLOCK, CHECKED_RECORDS
 
 SIZE = 16 << 10
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where many small recordings are made
 SLOTS = 4  # so that a few flushes fill the journal
 
 HISTORIES = {

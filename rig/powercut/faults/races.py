@@ -78,7 +78,7 @@ def draw(plan: Plan, number: int) -> tuple[Case, dict[int, int]]:
     until: dict[int, int] = {}
     there = False
 
-    def drawn() -> Operation:
+    def drawn(held: list[Operation]) -> Operation:
         kind = rnd.choice(kinds)
         if kind in ("flush", "snapshot"):
             return Operation("flush") if kind == "flush" else Operation("delete" if there else "create", name="x")
@@ -91,11 +91,10 @@ def draw(plan: Plan, number: int) -> tuple[Case, dict[int, int]]:
         offset = first + rnd.randrange((last - first) // grain) * grain
         return Operation(kind, offset, min(length, high - offset))
 
-    held: list[Operation] = []
     for now in range(1, _LONG + 1):
-        held[:] = [operations[other - 1] for other, end in until.items() if end > now]
+        held = [operations[other - 1] for other, end in until.items() if end > now]
         one = next(
-            (one for one in (drawn() for _ in range(_LONG)) if not any(_waits(one, other, plan) for other in held)),
+            (one for one in (drawn(held) for _ in range(_LONG)) if not any(_waits(one, other, plan) for other in held)),
             Operation("flush"),
         )
         there ^= one.kind in SNAPSHOT

@@ -52,8 +52,10 @@ def text(outcome: Any, saved: list[Saved], seconds: float) -> str:
     """The outcome for people."""
     plan, found = outcome.plan, outcome.found
     lines = [f"{verdict_word(str(outcome.verdict))}  {plan.trace}: all files, {plan.options}"]
-    how = "exhausted" if found.epochs == found.exhausted else f"{found.exhausted:,} exhausted"
-    how = how if found.epochs else "none to judge"
+    if not found.epochs:
+        how = "none to judge"
+    else:
+        how = "exhausted" if found.epochs == found.exhausted else f"{found.exhausted:,} exhausted"
     lines.append(
         f"  covered  {count(found.epochs, 'epoch')} ({how}), {found.undecided:,} undecided names, sizes and atoms, "
         f"{states(found.log2_states)} crash states, {count(found.checks, 'check')}, {seconds:.1f} s"
